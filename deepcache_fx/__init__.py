@@ -1,0 +1,19 @@
+"""deepcache_fx: DeepCache as a graph transformation, compiled. See `optimize`."""
+
+from deepcache_fx.api import optimize as optimize
+from deepcache_fx.api import optimized as optimized
+from deepcache_fx.api import report as report
+from deepcache_fx.api import reset as reset
+from deepcache_fx.api import restore as restore
+from deepcache_fx.errors import BranchError as BranchError
+from deepcache_fx.errors import CaptureError as CaptureError
+from deepcache_fx.errors import CompileError as CompileError
+from deepcache_fx.errors import DeepCacheError as DeepCacheError
+from deepcache_fx.errors import ScheduleError as ScheduleError
+from deepcache_fx.report import Report as Report
+from deepcache_fx.schedule import Power as Power
+from deepcache_fx.schedule import Schedule as Schedule
+from deepcache_fx.schedule import Steps as Steps
+from deepcache_fx.schedule import Uniform as Uniform
+
+__version__ = "0.1.0"

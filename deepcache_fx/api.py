@@ -1,0 +1,158 @@
+"""The public functions: optimize, restore, report, reset, optimized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from deepcache_fx.attach import SchedulerWatch, attach, check_attachable, detach, original_class, runtime_of
+from deepcache_fx.config import Branch, Options
+from deepcache_fx.errors import DeepCacheError
+from deepcache_fx.fingerprint import fingerprint
+from deepcache_fx.report import Report
+from deepcache_fx.runtime import Runtime
+
+T = TypeVar("T")
+
+ExampleInputs = Mapping[str, Any] | Sequence[Any]
+
+
+def optimize(
+    target: T,
+    interval: int = 3,
+    branch: Branch | Sequence[int] = 0,
+    *,
+    schedule: object = None,
+    passes: Sequence[Callable[..., Any]] = (),
+    disable: Sequence[str] | str = (),
+    backend: str | Callable[..., Any] = "auto",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    max_captures: int = 8,
+    example_inputs: ExampleInputs | None = None,
+) -> T:
+    """Make a UNet cache its deep feature from step to step (DeepCache, arXiv 2312.00858), as two static graphs.
+
+    The UNet is captured at its first call, once per signature of its inputs, and split into a full and a shallow variant
+    that share its weights. Calling `optimize` again with the same arguments changes nothing; with others, it starts over.
+
+    Args:
+        target: A UNet module, or a diffusers pipeline: its `.unet` is optimised, its `.scheduler` marks the steps.
+        interval: 1:N caching: the whole UNet runs at every N-th denoising step. 1 caches nothing.
+        branch: The skip connection to cut at: its number from the output (0 is the shallowest: fastest), or the published
+            (block, layer).
+        schedule: Replaces `interval`: `Uniform(n)`, `Power(n, power, center)`, `Steps([...])`, or a function of the step
+            (and, if it takes two arguments, the number of steps) that is true where the step is full.
+        passes: Extra graph passes, applied in order to the captured graph before the split.
+        disable: Default passes to leave out, by name; "all" keeps the captured graph as it is.
+        backend: "auto" (Inductor on CUDA, else eager), "eager", or any torch.compile backend.
+        mode: Passed to torch.compile.
+        options: Passed to torch.compile.
+        max_captures: How many signatures are kept; the least recently used goes first.
+        example_inputs: Arguments of a UNet call, by name or position: capture now instead of at the first call.
+
+    Returns:
+        The same object, changed in place: `optimize(pipe.unet)` and `pipe.unet = optimize(pipe.unet)` both work.
+
+    Raises:
+        DeepCacheError: naming the value, the range and the remedy; the model is then as it was. What only a captured graph
+            can tell (a branch out of range, no skip connection, a model `torch.export` cannot follow) is raised by the
+            first call, or here if `example_inputs` is given.
+
+    Example:
+        >>> pipe = StableDiffusionPipeline.from_pretrained("...").to("cuda")
+        >>> deepcache_fx.optimize(pipe, interval=3)
+        >>> image = pipe("a photo of an astronaut").images[0]
+        >>> print(deepcache_fx.report(pipe))
+    """
+    wanted = Options.make(
+        interval=interval,
+        branch=branch,
+        schedule=schedule,
+        passes=passes,
+        disable=disable,
+        backend=backend,
+        mode=mode,
+        options=options,
+        max_captures=max_captures,
+    )
+    module, pipeline = _resolve(target)
+    check_attachable(module)
+    runtime = runtime_of(module)
+    if runtime is None or runtime.options != wanted:
+        restore(target)
+        runtime = Runtime(original_class(module), wanted)
+        runtime.on_first_failure = restore
+        attach(module, runtime)
+    if pipeline is not None and not runtime.watches(pipeline):
+        runtime.watch(SchedulerWatch(pipeline, runtime))
+    if example_inputs is not None:
+        args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+        runtime.entry(module, runtime.reader.read(module, args, kwargs), fingerprint(module))
+    return target
+
+
+def restore(target: T) -> T:
+    """Undo `optimize` exactly, on a UNet or a pipeline. Does nothing where there is nothing to undo."""
+    module, _ = _resolve(target)
+    runtime = runtime_of(module)
+    if runtime is not None:
+        runtime.stop_watching()
+        detach(module)
+    return target
+
+
+def report(target: object) -> Report:
+    """What has happened since `optimize`: captures, full and shallow calls, why a step was forced full.
+
+    Raises:
+        DeepCacheError: the target is not optimised.
+    """
+    return _runtime(target).report()
+
+
+def reset(target: object) -> None:
+    """Forget the current run of this thread: the next UNet call begins a new one. Rarely needed: runs are recognised.
+
+    Raises:
+        DeepCacheError: the target is not optimised.
+    """
+    _runtime(target).reset()
+
+
+@contextmanager
+def optimized(target: T, *args: Any, **kwargs: Any) -> Iterator[T]:
+    """`optimize` for the length of a with block; takes the same arguments. What was there before comes back."""
+    module, pipeline = _resolve(target)
+    before = runtime_of(module)
+    optimize(target, *args, **kwargs)
+    try:
+        yield target
+    finally:
+        if runtime_of(module) is not before:
+            restore(target)
+            if before is not None:
+                attach(module, before)
+
+
+def _resolve(target: Any) -> tuple[torch.nn.Module, Any]:
+    """(UNet, pipeline or None) of what the user passed."""
+    if isinstance(target, torch.nn.Module):
+        return target, None
+    unet = getattr(target, "unet", None)
+    if isinstance(unet, torch.nn.Module):
+        return unet, target
+    raise DeepCacheError(
+        f"optimize takes a UNet (torch.nn.Module) or a diffusers pipeline with a .unet, got {type(target).__name__}"
+    )
+
+
+def _runtime(target: object) -> Runtime:
+    module, _ = _resolve(target)
+    runtime = runtime_of(module)
+    if runtime is None:
+        raise DeepCacheError(f"this {type(module).__name__} is not optimised: call deepcache_fx.optimize on it first")
+    return runtime

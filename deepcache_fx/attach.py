@@ -1,0 +1,224 @@
+"""Attach a runtime to a model, and listeners to a scheduler, in a way that comes off without a trace.
+
+The instance gets a same-named dynamic subclass whose `forward` is the runtime's. Unlike an instance attribute this survives
+accelerate's hooks, which replace and restore `instance.forward`; and `isinstance`, `config`, `state_dict`, saving and
+loading see the class they know. Copies and pickles are of the original class.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import types
+import weakref
+from typing import Any, TypeVar
+
+import torch
+
+from deepcache_fx.errors import DeepCacheError
+from deepcache_fx.runtime import Runtime
+
+_MARK = "_deepcache_fx"
+
+T = TypeVar("T")
+
+
+def original_class(instance: T) -> type[T]:
+    """The class an instance had before anything was attached."""
+    cls = type(instance)
+    return cls.__mro__[1] if _MARK in cls.__dict__ else cls
+
+
+def _subclass(instance: Any, members: dict[str, Any]) -> None:
+    """Give the instance a subclass of its own with these members, and the name of its class."""
+    cls = original_class(instance)
+    hidden = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    subclass = type(cls.__name__, (cls,), {**members, **hidden, "__reduce_ex__": _reduce_as_original})
+    subclass.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+    instance.__class__ = subclass
+
+
+def _reduce_as_original(self: Any, protocol: Any) -> Any:
+    """Copies and pickles are plain: of the original class, without what `attach` put into the instance."""
+    cls = original_class(self)
+    state = {k: v for k, v in self.__dict__.items() if not _is_ours(v)}
+    if isinstance(self, torch.nn.Module) and "_old_forward" in self.__dict__ and "_old_forward" not in state:
+        state.pop("_hf_hook", None)
+        state.pop("forward", None)
+    return copyreg.__newobj__, (cls,), state  # type: ignore[attr-defined]
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, types.MethodType) and hasattr(value.__func__, _MARK)
+
+
+# Models.
+
+
+def runtime_of(module: object) -> Runtime | None:
+    """The runtime attached to a model."""
+    runtime = type(module).__dict__.get(_MARK)
+    return runtime if isinstance(runtime, Runtime) else None
+
+
+def attach(module: torch.nn.Module, runtime: Runtime) -> None:
+    """Let the runtime answer `module`'s calls.
+
+    Raises:
+        DeepCacheError: something else has already replaced the model's forward.
+    """
+    check_attachable(module)
+    detach(module)
+    cls = type(module)
+    if _is_own_forward(module):
+        del module.__dict__["forward"]  # would hide the subclass's
+
+    @functools.wraps(cls.forward)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return runtime(self, args, kwargs)
+
+    setattr(forward, _MARK, True)
+    _subclass(module, {_MARK: runtime, "forward": forward})
+    if "_old_forward" in module.__dict__:  # accelerate's hook is in place: it calls this
+        module.__dict__["_old_forward"] = types.MethodType(forward, module)
+
+
+def check_attachable(module: object) -> None:
+    """Raise a DeepCacheError where a model cannot be optimised, and say why."""
+    if not isinstance(module, torch.nn.Module):
+        raise DeepCacheError(
+            f"optimize takes a UNet (torch.nn.Module) or a diffusers pipeline that has one, got {type(module).__name__}"
+        )
+    if hasattr(module, "_orig_mod"):
+        raise DeepCacheError(
+            "this UNet is already wrapped by torch.compile: pass the original (unet._orig_mod). optimize() compiles the "
+            "two variants itself"
+        )
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise DeepCacheError(
+            "compile() was called on this UNet: load it anew. optimize() compiles the two variants itself"
+        )
+    replaced = module.__dict__.get("forward")
+    if replaced is not None and "_old_forward" not in module.__dict__ and not _is_own_forward(module):
+        name = getattr(replaced, "__qualname__", repr(replaced))
+        raise DeepCacheError(
+            f"forward of this {type(module).__name__} has been replaced by {name}: undo that first "
+            "(for DeepCacheSDHelper: helper.disable())"
+        )
+
+
+def _is_own_forward(module: torch.nn.Module) -> bool:
+    """True where the instance holds nothing but its own class's forward, as after `DeepCacheSDHelper.disable()`."""
+    forward = module.__dict__.get("forward")
+    own = getattr(forward, "__self__", None) is module
+    return own and getattr(forward, "__func__", None) in (type(module).forward, original_class(module).forward)
+
+
+def detach(module: torch.nn.Module) -> None:
+    """Undo `attach`, exactly. Does nothing where nothing is attached."""
+    if runtime_of(module) is None:
+        return
+    cls = original_class(module)
+    module.__class__ = cls
+    if _is_ours(module.__dict__.get("_old_forward")):
+        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+    if _is_ours(module.__dict__.get("forward")):
+        del module.__dict__["forward"]
+
+
+# Schedulers.
+
+
+class Listeners:
+    """The runtimes that follow a scheduler. Weak: a scheduler keeps no model alive."""
+
+    def __init__(self) -> None:
+        self.runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+    def announce(self, num_steps: int | None) -> None:
+        for runtime in tuple(self.runtimes):
+            runtime.run_announced(num_steps)
+
+    def step(self) -> None:
+        for runtime in tuple(self.runtimes):
+            runtime.step_ended()
+
+
+def listen(scheduler: Any, runtime: Runtime) -> None:
+    """Tell the runtime when the scheduler's `set_timesteps` and `step` are called. Idempotent."""
+    listeners = type(scheduler).__dict__.get(_MARK)
+    if listeners is None:
+        listeners = Listeners()
+        cls = type(scheduler)
+        members: dict[str, Any] = {_MARK: listeners}
+        if hasattr(cls, "set_timesteps"):
+            members["set_timesteps"] = _announcing(cls.set_timesteps, listeners)
+        if hasattr(cls, "step"):
+            members["step"] = _stepping(cls.step, listeners)
+        _subclass(scheduler, members)
+    listeners.runtimes.add(runtime)
+
+
+def unlisten(scheduler: Any, runtime: Runtime) -> None:
+    """Undo `listen`; the scheduler gets its class back when nobody listens any more."""
+    listeners = type(scheduler).__dict__.get(_MARK)
+    if listeners is None:
+        return
+    listeners.runtimes.discard(runtime)
+    if not listeners.runtimes:
+        scheduler.__class__ = original_class(scheduler)
+
+
+def _announcing(function: Any, listeners: Listeners) -> Any:
+    @functools.wraps(function)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = function(self, *args, **kwargs)
+        timesteps = getattr(self, "timesteps", None)
+        listeners.announce(None if timesteps is None else len(timesteps))
+        return result
+
+    return set_timesteps
+
+
+def _stepping(function: Any, listeners: Listeners) -> Any:
+    @functools.wraps(function)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = function(self, *args, **kwargs)
+        listeners.step()
+        return result
+
+    return step
+
+
+class SchedulerWatch:
+    """Keeps listening to a pipeline's scheduler, also after the user has replaced it by another."""
+
+    def __init__(self, pipeline: Any, runtime: Runtime) -> None:
+        self._pipeline = weakref.ref(pipeline)
+        self._runtime = weakref.ref(runtime)
+        self._scheduler: weakref.ref[Any] | None = None
+
+    def follows(self, pipeline: object) -> bool:
+        return self._pipeline() is pipeline
+
+    def __call__(self) -> None:
+        """Called before every UNet call: cheap where nothing has changed."""
+        pipeline, runtime = self._pipeline(), self._runtime()
+        scheduler = getattr(pipeline, "scheduler", None)
+        known = self._scheduler() if self._scheduler is not None else None
+        if scheduler is known or runtime is None:
+            return
+        if known is not None:
+            unlisten(known, runtime)
+        self._scheduler = None
+        if scheduler is not None:
+            listen(scheduler, runtime)
+            self._scheduler = weakref.ref(scheduler)
+            timesteps = getattr(scheduler, "timesteps", None)
+            runtime.run_announced(None if timesteps is None else len(timesteps))
+
+    def stop(self) -> None:
+        scheduler, runtime = (self._scheduler() if self._scheduler else None), self._runtime()
+        if scheduler is not None and runtime is not None:
+            unlisten(scheduler, runtime)
+        self._scheduler = None

@@ -1,0 +1,82 @@
+"""The options of `optimize`, validated once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepcache_fx.errors import BranchError, DeepCacheError
+from deepcache_fx.schedule import Schedule, Uniform, as_schedule
+
+Branch = int | tuple[int, int]
+"""A skip connection: its number counted from the output, or the published (block, layer)."""
+
+
+class OptionError(DeepCacheError, ValueError):
+    """An option of `optimize` has a value that makes no sense."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `optimize` was asked for. `schedule` holds the interval too: `interval=3` is `Uniform(3)`."""
+
+    schedule: Schedule = field(default_factory=lambda: Uniform(3))
+    branch: Branch = 0
+    passes: tuple[Callable[..., Any], ...] = ()
+    disable: tuple[str, ...] = ()
+    backend: str | Callable[..., Any] = "auto"
+    mode: str | None = None
+    options: Mapping[str, Any] | None = None
+    max_captures: int = 8
+
+    @staticmethod
+    def make(
+        *,
+        interval: int = 3,
+        branch: Branch | Sequence[int] = 0,
+        schedule: object = None,
+        passes: Sequence[Callable[..., Any]] = (),
+        disable: Sequence[str] | str = (),
+        backend: str | Callable[..., Any] = "auto",
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        max_captures: int = 8,
+    ) -> Options:
+        """Validate the keyword arguments of `optimize`.
+
+        Raises:
+            DeepCacheError: (always also a ValueError) naming the value, the range and the remedy.
+        """
+        if mode is not None and options is not None:
+            raise OptionError("torch.compile takes mode or options, not both: leave one out")
+        if not (isinstance(backend, str) or callable(backend)):
+            raise OptionError(f"backend must be a name or a torch.compile backend function, got {backend!r}")
+        if isinstance(max_captures, bool) or not isinstance(max_captures, int) or max_captures < 1:
+            raise OptionError(f"max_captures must be an integer of at least 1, got {max_captures!r}")
+        for item in passes:
+            if not callable(item):
+                raise OptionError(f"passes takes PassBase objects or functions of a GraphModule, got {item!r}")
+        return Options(
+            schedule=Uniform(interval) if schedule is None else as_schedule(schedule),
+            branch=_check_branch(branch),
+            passes=tuple(passes),
+            disable=(disable,) if isinstance(disable, str) else tuple(disable),
+            backend=backend,
+            mode=mode,
+            options=options,
+            max_captures=max_captures,
+        )
+
+
+def _check_branch(branch: object) -> Branch:
+    def natural(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    if isinstance(branch, int) and natural(branch):
+        return branch
+    if isinstance(branch, Sequence) and len(branch) == 2 and all(map(natural, branch)):
+        return (branch[0], branch[1])
+    raise BranchError(
+        f"branch must be a number of at least 0 (0 is the shallowest skip connection) or (block, layer), got {branch!r}"
+    )

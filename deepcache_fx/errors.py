@@ -1,0 +1,21 @@
+"""The errors a user may see. All of them are `DeepCacheError`s."""
+
+
+class DeepCacheError(Exception):
+    """Something deepcache_fx refuses or cannot do; the message names the value and the remedy."""
+
+
+class CaptureError(DeepCacheError):
+    """The model could not be captured as one graph."""
+
+
+class BranchError(DeepCacheError, ValueError):
+    """The model has no such skip connection."""
+
+
+class ScheduleError(DeepCacheError, ValueError):
+    """A schedule is malformed, or lacks the number of denoising steps it needs."""
+
+
+class CompileError(DeepCacheError):
+    """A captured variant could not be compiled."""

@@ -1,0 +1,63 @@
+"""Multiply-accumulate counts of graph nodes, from the shapes in their metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates: those of convolutions, linears and matrix products, and those inside attention."""
+
+    dense: int = 0
+    attention: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.attention
+
+    def __add__(self, other: Macs) -> Macs:
+        return Macs(self.dense + other.dense, self.attention + other.attention)
+
+
+def _shape(argument: object) -> torch.Size:
+    assert isinstance(argument, fx.Node)
+    shape = argument.meta["val"].shape
+    assert isinstance(shape, torch.Size)
+    return shape
+
+
+def node_macs(node: fx.Node) -> Macs:
+    """MACs of one node; zero for everything that is no contraction."""
+    if node.op != "call_function":
+        return Macs()
+    target = node.target
+    if target is aten.linear.default:
+        return Macs(dense=node.meta["val"].numel() * _shape(node.args[1])[-1])
+    packet = getattr(target, "overloadpacket", None)
+    if packet in (aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution):
+        transposed = packet is aten.convolution and node.args[6]
+        weight = _shape(node.args[1])
+        output = _shape(node.args[0]) if transposed else node.meta["val"].shape
+        return Macs(dense=output.numel() * weight[1:].numel())
+    if packet in (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d):
+        return Macs(dense=_shape(node.args[0]).numel() * _shape(node.args[1])[1:].numel())
+    if packet in (aten.matmul, aten.mm, aten.bmm):
+        return Macs(dense=node.meta["val"].numel() * _shape(node.args[0])[-1])
+    if packet in (aten.addmm, aten.baddbmm):
+        return Macs(dense=node.meta["val"].numel() * _shape(node.args[1])[-1])
+    if packet is aten.scaled_dot_product_attention:
+        query, key, value = (_shape(a) for a in node.args[:3])
+        return Macs(attention=query[:-1].numel() * key[-2] * (query[-1] + value[-1]))
+    return Macs()
+
+
+def total_macs(nodes: Iterable[fx.Node]) -> Macs:
+    """The sum over nodes."""
+    return sum((node_macs(node) for node in nodes), Macs())

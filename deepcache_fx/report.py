@@ -1,0 +1,109 @@
+"""What happened: captures, steps, and why a step was full."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from passes import PassRecord
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """One captured signature."""
+
+    inputs: str
+    branch: int
+    block: int
+    layer: int
+    full_macs: int
+    shallow_macs: int
+    cache_bytes: int
+    capture_seconds: float
+    passes: tuple[PassRecord, ...]
+    first_call_seconds: dict[str, float]
+    """Per variant, the duration of its first call: compilation and one step."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report(target)` returns; print() it, or read the fields."""
+
+    model: str
+    schedule: str
+    backend: str
+    captures: int
+    """Captures ever made; more than there are signatures means that something was evicted or a setting changed."""
+    full_calls: int
+    shallow_calls: int
+    original_calls: int
+    """Calls that went to the model's own forward, uncached."""
+    forced_full: dict[str, int]
+    """Steps that were full although the schedule said shallow, by reason."""
+    original_reasons: dict[str, int]
+    timestep_syncs: int
+    """Steps at which the timestep's value had to be read back from a device."""
+    last_run: str
+    """The last run of this thread, a letter a UNet call: F full, s shallow."""
+    signatures: tuple[CaptureReport, ...] = ()
+
+    @property
+    def capture_seconds(self) -> float:
+        return sum(s.capture_seconds for s in self.signatures)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(s.cache_bytes for s in self.signatures)
+
+    @property
+    def engaged(self) -> bool:
+        """True where at least one shallow step ran."""
+        return self.shallow_calls > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        import dataclasses
+
+        return {**dataclasses.asdict(self), "engaged": self.engaged}
+
+    def __str__(self) -> str:
+        calls = self.full_calls + self.shallow_calls
+        lines = [
+            f"{self.model}: {self.schedule}, backend {self.backend}",
+            f"  calls: {calls} cached runs' calls: {self.full_calls} full, {self.shallow_calls} shallow; "
+            f"{self.original_calls} uncached",
+        ]
+        if calls and not self.engaged:
+            lines.append("  the shallow variant never ran: nothing was saved")
+        if self.last_run:
+            lines.append(f"  last run: {self.last_run}")
+        for title, reasons in (("forced full", self.forced_full), ("uncached", self.original_reasons)):
+            lines += [f"  {title}: {count} x {reason}" for reason, count in reasons.items()]
+        if self.timestep_syncs:
+            lines.append(
+                f"  timestep read back from the device {self.timestep_syncs} times: pass the pipeline to optimize"
+            )
+        for item in self.signatures:
+            share = item.shallow_macs / item.full_macs if item.full_macs else 1.0
+            lines.append(
+                f"  captured {item.inputs} in {item.capture_seconds:.1f} s: branch {item.branch} "
+                f"(block {item.block}, layer {item.layer}), {item.full_macs / 1e9:.3g} -> {item.shallow_macs / 1e9:.3g} "
+                f"GMAC ({share:.1%}), cache {item.cache_bytes / 2**20:.2f} MiB"
+            )
+            lines += [f"    {record}" for record in item.passes]
+            for name, seconds in item.first_call_seconds.items():
+                lines.append(f"    first {name} call: {seconds:.2f} s")
+        return "\n".join(lines)
+
+
+@dataclass
+class Counts:
+    """The running totals behind a report."""
+
+    captures: int = 0
+    full: int = 0
+    shallow: int = 0
+    syncs: int = 0
+    forced: Counter[str] = field(default_factory=Counter)
+    original: Counter[str] = field(default_factory=Counter)

@@ -1,0 +1,153 @@
+"""Which denoising steps run the whole UNet and which reuse the cached feature. No tensors."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+
+from deepcache_fx.errors import ScheduleError
+
+
+class Schedule(ABC):
+    """Says of every step of a run whether it is full (refreshes the cache) or shallow (reads it)."""
+
+    needs_num_steps: ClassVar[bool] = False
+    """True where the answer depends on how many steps the run has."""
+
+    @abstractmethod
+    def is_full(self, step: int, num_steps: int | None) -> bool:
+        """True where `step` (0 is the first of the run) must run the whole UNet; `num_steps` is None where unknown."""
+
+    def full_steps(self, num_steps: int) -> list[int]:
+        """The full steps of a run of `num_steps` steps, in order. Step 0 is always one of them."""
+        return [step for step in range(num_steps) if step == 0 or self.is_full(step, num_steps)]
+
+
+def _positive_int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ScheduleError(f"{name} must be an integer of at least 1, got {value!r}")
+    if value < 1:
+        raise ScheduleError(f"{name} must be at least 1 (1 caches nothing), got {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class Uniform(Schedule):
+    """Full at every `interval`-th step: 0, N, 2N, ... (DeepCache, section 3.3, "1:N inference")."""
+
+    interval: int
+
+    def __post_init__(self) -> None:
+        _positive_int("interval", self.interval)
+
+    def is_full(self, step: int, num_steps: int | None) -> bool:
+        return step % self.interval == 0
+
+
+@dataclass(frozen=True)
+class Power(Schedule):
+    """The published non-uniform 1:N schedule: full steps are dense around step `center` and thin out away from it.
+
+    As many full steps as `Uniform(interval)` has. `power` sets how fast they thin out; where it gives two of them the
+    same index it is lowered by 0.02 until it does not, as in the published code (DeepCache, section 3.3 and appendix;
+    `sample_from_quad_center`).
+
+    Raises:
+        ScheduleError: the number of steps is unknown, or no power above 1 gives that many distinct indices.
+    """
+
+    interval: int
+    power: float = 1.4
+    center: int = 15
+    needs_num_steps: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _positive_int("interval", self.interval)
+        if isinstance(self.power, bool) or not isinstance(self.power, (int, float)) or not 1 < self.power < 100:
+            raise ScheduleError(f"power must be a number above 1 (published values: 1.2 to 1.5), got {self.power!r}")
+        if isinstance(self.center, bool) or not isinstance(self.center, int) or self.center < 0:
+            raise ScheduleError(f"center must be a step number of at least 0, got {self.center!r}")
+
+    def is_full(self, step: int, num_steps: int | None) -> bool:
+        if step == 0 or self.interval == 1:
+            return True
+        if num_steps is None:
+            raise ScheduleError(
+                f"{self} needs the number of denoising steps, which is unknown here: pass the pipeline instead of its "
+                "UNet to optimize(), or use Uniform or Steps"
+            )
+        return step in _power_indices(num_steps, self.interval, self.power, self.center)
+
+
+@lru_cache(maxsize=256)
+def _power_indices(num_steps: int, interval: int, power: float, center: int) -> frozenset[int]:
+    count = -(-num_steps // interval)
+    exponent = power
+    while exponent > 1:
+        # Left of the center the base is negative: numpy's complex power takes the principal branch, as published.
+        points = np.linspace((-center) ** (1 / exponent), (num_steps - center) ** (1 / exponent), count + 1)
+        offsets = np.unique((points**exponent).real.astype(np.int32))[1:-1]
+        indices = [0] + [int(offset) + center for offset in offsets]
+        if len(indices) == count:
+            return frozenset(indices)
+        exponent -= 0.02
+    raise ScheduleError(
+        f"no power above 1 spreads {count} full steps over {num_steps} steps around center {center} (tried {power} "
+        "downwards): choose a smaller center or another interval"
+    )
+
+
+@dataclass(frozen=True, init=False)
+class Steps(Schedule):
+    """Full at exactly these steps (and at step 0)."""
+
+    steps: tuple[int, ...]
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        values = tuple(steps)
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ScheduleError(f"Steps takes step numbers of at least 0, got {value!r}")
+        object.__setattr__(self, "steps", tuple(sorted({0, *values})))
+
+    def is_full(self, step: int, num_steps: int | None) -> bool:
+        return step in self.steps
+
+
+@dataclass(frozen=True)
+class Custom(Schedule):
+    """A user's function: `function(step)` or `function(step, num_steps)` returns True where the step is full."""
+
+    function: Callable[..., object]
+
+    def is_full(self, step: int, num_steps: int | None) -> bool:
+        arguments = (step, num_steps) if _takes_num_steps(self.function) else (step,)
+        return bool(self.function(*arguments))
+
+
+@lru_cache(maxsize=64)
+def _takes_num_steps(function: Callable[..., object]) -> bool:
+    try:
+        inspect.signature(function).bind(0, None)
+    except TypeError:
+        return False
+    return True
+
+
+def as_schedule(value: object) -> Schedule:
+    """A `Schedule` as it is, an integer as `Uniform`, a callable as `Custom`; anything else is a `ScheduleError`."""
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, int):
+        return Uniform(value)
+    if callable(value) and not isinstance(value, type):
+        return Custom(value)
+    raise ScheduleError(
+        f"schedule must be Uniform(n), Power(n), Steps([...]), an integer or a function of the step, got {value!r}"
+    )

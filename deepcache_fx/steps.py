@@ -1,0 +1,172 @@
+"""Which denoising step a UNet call belongs to, and where one run ends and the next begins.
+
+Evidence, strongest first: what a pipeline's scheduler announces (`set_timesteps` begins a run, `step` ends a step); a
+timestep that is a view into the tensor of all timesteps, by its offset (no value is read, so nothing waits for a device);
+the timestep's value. In doubt a run begins anew: that costs one full step and can never reuse a stale feature.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MAX_CALLS_PER_STEP = 16
+"""More UNet calls than any guidance method makes in one step: beyond, the timestep is taken to tell nothing."""
+
+_JUMP = 3.0
+"""A value-only timestep that moves this many times further than the last move did begins a new run."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """A timestep's place in its sequence. Only positions with equal `source` compare."""
+
+    source: object
+    """The storage the timestep is a view of; None for a bare value."""
+    at: float
+    """Offset in that storage, or the value."""
+    remaining: int | None = None
+    """How many timesteps there are from here on, where the storage tells."""
+
+
+def position_of(timestep: torch.Tensor | None) -> Position | None:
+    """The place of a timestep tensor; None where only a device synchronisation (or nothing) could tell."""
+    if timestep is None:
+        return None
+    if timestep.numel() == 1 or (timestep.numel() > 1 and not any(timestep.stride())):
+        storage = timestep.untyped_storage()
+        count = int(storage.nbytes()) // timestep.element_size()
+        if count > 1:
+            offset = int(timestep.storage_offset())
+            return Position((storage.data_ptr(), timestep.device, timestep.dtype), offset, count - offset)
+    if timestep.device.type == "cpu" and timestep.numel():
+        return value_position(timestep)
+    return None
+
+
+def value_position(timestep: torch.Tensor) -> Position:
+    """The place of a timestep by its (first) value; waits for the device where the tensor is on one."""
+    return Position(None, float(timestep.reshape(-1)[0].item()))
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What a UNet call is: call number `call` of step `step` of the current run."""
+
+    step: int
+    call: int
+    num_steps: int | None
+    new_run: bool = False
+    doubt: str | None = None
+    """Why this call must be full whatever the schedule says."""
+
+
+class StepTracker:
+    """Follows one thread's calls of one UNet. Pure bookkeeping."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the run: the next call begins one."""
+        self._active = False
+        self._announced: int | None = None
+        self._pending_run = False
+        self._stepped = False
+
+    def run_announced(self, num_steps: int | None) -> None:
+        """The scheduler's `set_timesteps` was called."""
+        self._pending_run = True
+        self._announced = num_steps
+        self._stepped = False
+
+    def step_ended(self) -> None:
+        """The scheduler's `step` was called."""
+        self._stepped = True
+
+    def needs_value(self, position: Position | None) -> bool:
+        """True where neither the scheduler nor the timestep tensor tells the step, so that its value must be read."""
+        return position is None and not (self._pending_run or (self._active and self._hooked))
+
+    def observe(self, position: Position | None, timestep: object, sample: object) -> Tick:
+        """Place a UNet call. `timestep` and `sample` are kept alive so that their identity cannot be reused."""
+        tick = self._place(position, sample)
+        self._position, self._timestep, self._sample = position, timestep, sample
+        self._stepped = False
+        return tick
+
+    def _place(self, position: Position | None, sample: object) -> Tick:
+        if self._pending_run or not self._active:
+            return self._begin(position, hooked=self._pending_run)
+        last = self._position
+        if position is None or last is None:
+            if position is not last or not self._hooked:
+                return self._begin(position, reason="the timestep tells nothing about the step")
+            return self._next_step(None) if self._stepped else self._next_call(sample)
+        if position.source != last.source:
+            return self._begin(position)
+        move = (position.at - last.at) * self._direction
+        if move > 0:
+            if position.source is None and not self._hooked and abs(move) > _JUMP * self._stride + 1:
+                return self._begin(position)
+            self._stride = abs(move)
+            return self._next_step(position)
+        if move == 0:
+            return self._next_step(position) if self._hooked and self._stepped else self._next_call(sample)
+        # Backwards (or NaN). A sequence that only ever goes backwards turns the sense of direction around.
+        direction = -self._direction if self._step == 0 and not math.isnan(move) else None
+        return self._begin(position, direction=direction)
+
+    def _begin(
+        self,
+        position: Position | None,
+        *,
+        hooked: bool = False,
+        direction: int | None = None,
+        reason: str = "first call of a run",
+    ) -> Tick:
+        by_value = position is not None and position.source is None
+        self._active, self._hooked, self._pending_run = True, hooked, False
+        self._step, self._call = 0, 0
+        self._direction = direction or (-1 if by_value else 1)  # values fall, offsets grow
+        self._stride = math.inf
+        self._unsure, self._calls_before = False, 0
+        known = position.remaining if position is not None else None
+        if hooked and self._announced is not None:
+            known = self._announced if known is None else min(known, self._announced)
+        self._num_steps = known
+        self._doubt: str | None = None
+        return Tick(0, 0, self._num_steps, new_run=True, doubt=reason)
+
+    def _next_step(self, position: Position | None) -> Tick:
+        calls = self._call + 1
+        # A repeated timestep may have been a new run that an abandoned one cannot be told from: settle it here.
+        settled = not self._unsure or calls == self._calls_before
+        self._doubt = None if settled else "a repeated timestep may have begun a new run"
+        self._step, self._call = self._step + 1, 0
+        self._calls_before, self._unsure = calls, False
+        return Tick(self._step, 0, self._num_steps, doubt=self._doubt)
+
+    def _next_call(self, sample: object) -> Tick:
+        self._call += 1
+        if self._call >= MAX_CALLS_PER_STEP:
+            return self._begin(self._position, reason="the timestep does not change from call to call")
+        if not self._hooked and sample is not self._sample:
+            self._unsure = True
+        return Tick(self._step, self._call, self._num_steps, doubt=self._doubt)
+
+    # Set by _begin and observe; declared for readers and type checkers.
+    _position: Position | None
+    _timestep: Any
+    _sample: Any
+    _hooked: bool
+    _step: int
+    _call: int
+    _direction: int
+    _stride: float
+    _unsure: bool
+    _calls_before: int
+    _num_steps: int | None
