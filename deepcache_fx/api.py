@@ -36,16 +36,17 @@ def optimize(
 ) -> T:
     """Make a UNet cache its deep feature from step to step (DeepCache, arXiv 2312.00858), as two static graphs.
 
-    The UNet is captured at its first call, once per signature of its inputs, and split into a full and a shallow variant
-    that share its weights. Calling `optimize` again with the same arguments changes nothing; with others, it starts over.
+    The UNet is captured at its first call, once per signature of its inputs, and split into a full and a shallow
+    variant that share its weights. Calling `optimize` again with the same arguments changes nothing; with another
+    schedule it keeps what is captured and compiled; with other arguments it starts over.
 
     Args:
         target: A UNet module, or a diffusers pipeline: its `.unet` is optimised, its `.scheduler` marks the steps.
         interval: 1:N caching: the whole UNet runs at every N-th denoising step. 1 caches nothing.
-        branch: The skip connection to cut at: its number from the output (0 is the shallowest: fastest), or the published
-            (block, layer).
-        schedule: Replaces `interval`: `Uniform(n)`, `Power(n, power, center)`, `Steps([...])`, or a function of the step
-            (and, if it takes two arguments, the number of steps) that is true where the step is full.
+        branch: The skip connection to cut at: its number from the output (0 is the shallowest: fastest), or the
+            published (block, layer).
+        schedule: Replaces `interval`: `Uniform(n)`, `Power(n, power, center)`, `Steps([...])`, or a function of the
+            step (and, if it takes two arguments, the number of steps) that is true where the step is full.
         passes: Extra graph passes, applied in order to the captured graph before the split.
         disable: Default passes to leave out, by name; "all" keeps the captured graph as it is.
         backend: "auto" (Inductor on CUDA, else eager), "eager", or any torch.compile backend.
@@ -58,9 +59,9 @@ def optimize(
         The same object, changed in place: `optimize(pipe.unet)` and `pipe.unet = optimize(pipe.unet)` both work.
 
     Raises:
-        DeepCacheError: naming the value, the range and the remedy; the model is then as it was. What only a captured graph
-            can tell (a branch out of range, no skip connection, a model `torch.export` cannot follow) is raised by the
-            first call, or here if `example_inputs` is given.
+        DeepCacheError: naming the value, the range and the remedy; the model is then as it was. What only a captured
+            graph can tell (a branch out of range, no skip connection, a model `torch.export` cannot follow) is raised
+            by the first call, or here if `example_inputs` is given.
 
     Example:
         >>> pipe = StableDiffusionPipeline.from_pretrained("...").to("cuda")
@@ -83,9 +84,12 @@ def optimize(
     check_attachable(module)
     runtime = runtime_of(module)
     if runtime is None or runtime.options != wanted:
+        before = runtime
         restore(target)
         runtime = Runtime(original_class(module), wanted)
         runtime.on_first_failure = restore
+        if before is not None and before.options.same_programs(wanted):
+            runtime.adopt(before)
         attach(module, runtime)
     if pipeline is not None and not runtime.watches(pipeline):
         runtime.watch(SchedulerWatch(pipeline, runtime))
@@ -126,7 +130,7 @@ def reset(target: object) -> None:
 @contextmanager
 def optimized(target: T, *args: Any, **kwargs: Any) -> Iterator[T]:
     """`optimize` for the length of a with block; takes the same arguments. What was there before comes back."""
-    module, pipeline = _resolve(target)
+    module, _ = _resolve(target)
     before = runtime_of(module)
     optimize(target, *args, **kwargs)
     try:

@@ -1,8 +1,8 @@
 """Attach a runtime to a model, and listeners to a scheduler, in a way that comes off without a trace.
 
-The instance gets a same-named dynamic subclass whose `forward` is the runtime's. Unlike an instance attribute this survives
-accelerate's hooks, which replace and restore `instance.forward`; and `isinstance`, `config`, `state_dict`, saving and
-loading see the class they know. Copies and pickles are of the original class.
+The instance gets a same-named dynamic subclass whose `forward` is the runtime's. Unlike an instance attribute this
+survives accelerate's hooks, which replace and restore `instance.forward`; and `isinstance`, `config`, `state_dict`,
+saving and loading see the class they know. Copies and pickles are of the original class.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def check_attachable(module: object) -> None:
         )
     if hasattr(module, "_orig_mod"):
         raise DeepCacheError(
-            "this UNet is already wrapped by torch.compile: pass the original (unet._orig_mod). optimize() compiles the "
-            "two variants itself"
+            "this UNet is already wrapped by torch.compile: pass the original (unet._orig_mod). optimize() compiles "
+            "the two variants itself"
         )
     if getattr(module, "_compiled_call_impl", None) is not None:
         raise DeepCacheError(

@@ -16,7 +16,7 @@ Program = Callable[..., Sequence[Any]]
 
 
 def pick_backend(options: Options, device: torch.device) -> str | Callable[..., Any]:
-    """The backend "auto" stands for: Inductor on CUDA; elsewhere the graph as it is, which Inductor was measured to slow."""
+    """What "auto" stands for: Inductor on CUDA; elsewhere the graph as it is, which Inductor was measured to slow."""
     if options.backend == "auto":
         return "inductor" if device.type == "cuda" else "eager"
     return options.backend

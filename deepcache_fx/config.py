@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deepcache_fx.errors import BranchError, DeepCacheError
@@ -29,6 +29,10 @@ class Options:
     mode: str | None = None
     options: Mapping[str, Any] | None = None
     max_captures: int = 8
+
+    def same_programs(self, other: Options) -> bool:
+        """True where the other options need the same captured and compiled programs: only the schedule differs."""
+        return replace(self, schedule=other.schedule) == other
 
     @staticmethod
     def make(

@@ -34,7 +34,7 @@ def fingerprint(module: torch.nn.Module) -> Hashable:
     Seen: submodules added, replaced or removed, parameters replaced, and every plain value in an instance attribute:
     training mode, LoRA scales and active adapters, IP-Adapter scale, attention processors, FreeU factors.
     """
-    parts: list[Hashable] = []
+    parts: list[object] = []
     for name, sub in module.named_modules():
         parts.append(name)
         if sub is not module:  # whose class may be our own subclass
@@ -54,7 +54,7 @@ def _freeze(value: Any, depth: int) -> Hashable:
         return value
     if isinstance(value, torch.Tensor):
         return (id(value), value._version)
-    if isinstance(value, torch.nn.Module) or depth == 0 or callable(value) and not hasattr(value, "__dict__"):
+    if isinstance(value, torch.nn.Module) or depth == 0:
         return id(value)
     if isinstance(value, dict):
         return tuple((str(k), _freeze(v, depth - 1)) for k, v in value.items())

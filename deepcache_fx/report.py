@@ -88,8 +88,8 @@ class Report:
             share = item.shallow_macs / item.full_macs if item.full_macs else 1.0
             lines.append(
                 f"  captured {item.inputs} in {item.capture_seconds:.1f} s: branch {item.branch} "
-                f"(block {item.block}, layer {item.layer}), {item.full_macs / 1e9:.3g} -> {item.shallow_macs / 1e9:.3g} "
-                f"GMAC ({share:.1%}), cache {item.cache_bytes / 2**20:.2f} MiB"
+                f"(block {item.block}, layer {item.layer}), {item.full_macs / 1e9:.3g} -> "
+                f"{item.shallow_macs / 1e9:.3g} GMAC ({share:.1%}), cache {item.cache_bytes / 2**20:.2f} MiB"
             )
             lines += [f"    {record}" for record in item.passes]
             for name, seconds in item.first_call_seconds.items():

@@ -86,6 +86,11 @@ class Runtime:
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._state = ThreadState()
 
+    def adopt(self, before: Runtime) -> None:
+        """Take over the programs of a runtime whose options differ in the schedule alone."""
+        self._entries = before._entries
+        self.counts.captures, self.device = before.counts.captures, before.device
+
     # What schedulers announce.
 
     def watch(self, watch: Watch) -> None:
@@ -171,8 +176,9 @@ class Runtime:
             if not self.counts.captures:
                 self.on_first_failure(module)
             raise ScheduleError(
-                f"{self.options.schedule} needs the number of denoising steps, and this call does not tell it: pass the "
-                "pipeline instead of its UNet to optimize(), iterate over scheduler.timesteps, or use Uniform or Steps"
+                f"{self.options.schedule} needs the number of denoising steps, and this call does not tell it: pass "
+                "the pipeline instead of its UNet to optimize(), iterate over scheduler.timesteps, or use Uniform or "
+                "Steps"
             )
 
     def _run(self, entry: Entry, name: str, program: Program, tensors: tuple[torch.Tensor, ...]) -> Any:

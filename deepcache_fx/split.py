@@ -35,8 +35,8 @@ class SkipConnection:
 def find_skip_connections(graph: fx.Graph) -> tuple[SkipConnection, ...]:
     """All skip connections, shallowest first. Reads the dataflow alone: no class or attribute names.
 
-    A skip connection is a two-operand `cat` on axis 1 of a feature map whose operands share a convolution or linear layer
-    over feature maps (the trunk), one of them being computed through much more than the other: that one is deep.
+    A skip connection is a two-operand `cat` on axis 1 of a feature map whose operands share a convolution or linear
+    layer over feature maps (the trunk), one of them being computed through more than the other: that one is deep.
     """
     found = []
     for node in reversed(list(graph.find_nodes(op="call_function", target=aten.cat.default))):
@@ -59,7 +59,8 @@ def _deep_operand(cat: fx.Node) -> fx.Node | None:
     if axis not in (1, 1 - output.ndim):
         return None
     first, second = operands
-    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+    assert isinstance(first, fx.Node)
+    assert isinstance(second, fx.Node)
     through_first, through_second = ancestors([first]), ancestors([second])
     if not any(map(_is_trunk_layer, through_first & through_second)):
         return None
@@ -121,8 +122,8 @@ def pick_branch(branches: Sequence[SkipConnection], branch: Branch, model: str) 
 class Variants:
     """Two programs over one set of weights.
 
-    `full` maps the inputs to (*outputs, *cache); `shallow` maps (*inputs, *cache) to the outputs. `cache` holds the fake
-    tensors that describe the cached values.
+    `full` maps the inputs to (*outputs, *cache); `shallow` maps (*inputs, *cache) to the outputs. `cache` holds the
+    fake tensors that describe the cached values.
     """
 
     branch: SkipConnection

@@ -1,8 +1,8 @@
 """Which denoising step a UNet call belongs to, and where one run ends and the next begins.
 
 Evidence, strongest first: what a pipeline's scheduler announces (`set_timesteps` begins a run, `step` ends a step); a
-timestep that is a view into the tensor of all timesteps, by its offset (no value is read, so nothing waits for a device);
-the timestep's value. In doubt a run begins anew: that costs one full step and can never reuse a stale feature.
+timestep that is a view into the tensor of all timesteps, by its offset (no value is read, so nothing waits for a
+device); the timestep's value. In doubt a run begins anew: that costs one full step and can never reuse a stale feature.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class StepTracker:
         if position is None or last is None:
             if position is not last or not self._hooked:
                 return self._begin(position, reason="the timestep tells nothing about the step")
-            return self._next_step(None) if self._stepped else self._next_call(sample)
+            return self._next_step() if self._stepped else self._next_call(sample)
         if position.source != last.source:
             return self._begin(position)
         move = (position.at - last.at) * self._direction
@@ -113,9 +113,9 @@ class StepTracker:
             if position.source is None and not self._hooked and abs(move) > _JUMP * self._stride + 1:
                 return self._begin(position)
             self._stride = abs(move)
-            return self._next_step(position)
+            return self._next_step()
         if move == 0:
-            return self._next_step(position) if self._hooked and self._stepped else self._next_call(sample)
+            return self._next_step() if self._hooked and self._stepped else self._next_call(sample)
         # Backwards (or NaN). A sequence that only ever goes backwards turns the sense of direction around.
         direction = -self._direction if self._step == 0 and not math.isnan(move) else None
         return self._begin(position, direction=direction)
@@ -141,7 +141,7 @@ class StepTracker:
         self._doubt: str | None = None
         return Tick(0, 0, self._num_steps, new_run=True, doubt=reason)
 
-    def _next_step(self, position: Position | None) -> Tick:
+    def _next_step(self) -> Tick:
         calls = self._call + 1
         # A repeated timestep may have been a new run that an abandoned one cannot be told from: settle it here.
         settled = not self._unsure or calls == self._calls_before

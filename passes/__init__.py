@@ -1,4 +1,4 @@
-"""Graph passes for flat, functional ATen graphs. Knows nothing of caching; imports only torch and the standard library."""
+"""Graph passes for flat, functional ATen graphs. Knows nothing of caching; imports torch and the standard library."""
 
 from passes.canonicalize import Canonicalize as Canonicalize
 from passes.runner import PassError as PassError

@@ -28,6 +28,8 @@ from benchmarks import fashion
 
 MAX_TOKENS = 16
 TEXT_WIDTH = 96
+AVERAGE_EVERY = 8
+"""Steps from one update of the averaged weights to the next: each update walks over all of them."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -231,7 +233,7 @@ def train_unet(
     text_encoder = make_text_encoder(tokenizer).to(args.device)
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     mean = {k: v.detach().clone() for k, v in both.state_dict().items()}
-    optimizer = torch.optim.AdamW(both.parameters(), args.lr, weight_decay=1e-2, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(both.parameters(), args.lr, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine(s, args.unet_steps))
     checkpoint = args.work / "unet.pt"
     start = 0
@@ -282,9 +284,10 @@ def train_unet(
             torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            decay = min(0.999, (step + 1) / (step + 10))
-            for key, value in both.state_dict().items():
-                mean[key].lerp_(value, 1 - decay) if value.is_floating_point() else mean[key].copy_(value)
+            if (step + 1) % AVERAGE_EVERY == 0:
+                decay = min(0.999, (step + 1) / (step + 10)) ** AVERAGE_EVERY
+                for key, value in both.state_dict().items():
+                    mean[key].lerp_(value, 1 - decay) if value.is_floating_point() else mean[key].copy_(value)
             shown = loss.item() if step == start else 0.98 * shown + 0.02 * loss.item()
             progress.update(task, advance=1, loss=shown)
             if (step + 1) % 250 == 0:

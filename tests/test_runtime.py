@@ -1,0 +1,281 @@
+"""The step path: runs, calls, signatures, threads, settings. On a small U-Net and loops without any pipeline."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import deepcache_fx
+from deepcache_fx import DeepCacheError, Power, Report, ScheduleError, Steps
+from tests.compvis import CompVisUNet, denoise
+
+TIMESTEPS = torch.arange(950, -1, -50)
+INPUTS: dict[str, Any] = {
+    "x": torch.randn(2, 4, 8, 8),
+    "timesteps": torch.tensor([1, 1]),
+    "context": torch.randn(2, 3, 6),
+}
+
+
+@pytest.fixture
+def unet() -> CompVisUNet:
+    return CompVisUNet()
+
+
+def fresh(**options: Any) -> torch.Tensor:
+    return denoise(deepcache_fx.optimize(CompVisUNet(), backend="eager", **options), TIMESTEPS)
+
+
+def report(unet: torch.nn.Module) -> Report:
+    return deepcache_fx.report(unet)
+
+
+def test_interval_one_is_the_model_itself_to_the_bit(unet: CompVisUNet) -> None:
+    expected = denoise(unet, TIMESTEPS)
+    assert torch.equal(denoise(deepcache_fx.optimize(unet, interval=1, backend="eager"), TIMESTEPS), expected)
+    assert report(unet).last_run == "F" * 20
+
+
+def test_caching_changes_the_result_a_little(unet: CompVisUNet) -> None:
+    expected = denoise(unet, TIMESTEPS)
+    actual = denoise(deepcache_fx.optimize(unet, interval=3, backend="eager"), TIMESTEPS)
+    assert 0 < (actual - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_a_run_abandoned_at_any_step_leaves_the_next_one_as_fresh(unet: CompVisUNet, stop: int) -> None:
+    expected = fresh()
+    deepcache_fx.optimize(unet, backend="eager")
+    denoise(unet, TIMESTEPS, seed=1, stop=stop)
+    assert torch.equal(denoise(unet, TIMESTEPS.clone()), expected)
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_call_that_raises_leaves_the_next_run_as_fresh(unet: CompVisUNet, step: int) -> None:
+    expected = fresh()
+    deepcache_fx.optimize(unet, backend="eager")
+    denoise(unet, TIMESTEPS, seed=1, stop=step)
+    with pytest.raises(DeepCacheError, match="CompVisUNet could not be captured for inputs"), torch.no_grad():
+        unet(torch.randn(2, 3, 8, 8), TIMESTEPS[step].expand(2), torch.randn(2, 3, 6))
+    deepcache_fx.optimize(unet, backend="eager")  # it was restored if that was its first call
+    assert torch.equal(denoise(unet, TIMESTEPS), expected)
+
+
+def test_the_same_timesteps_tensor_serves_several_runs(unet: CompVisUNet) -> None:
+    deepcache_fx.optimize(unet, backend="eager")
+    results = [denoise(unet, TIMESTEPS, seed=seed) for seed in (1, 0, 1)]
+    assert torch.equal(results[1], fresh())
+    assert torch.equal(results[0], results[2])
+    assert report(unet).captures == 1
+
+
+def test_a_change_of_batch_within_a_run_is_one_full_step(unet: CompVisUNet) -> None:
+    deepcache_fx.optimize(unet, interval=4, backend="eager")
+    with torch.no_grad():
+        for index, t in enumerate(TIMESTEPS[:8]):
+            batch = 2 if index < 5 else 1
+            out = unet(torch.ones(batch, 4, 8, 8), t.expand(batch), torch.ones(batch, 3, 6))
+            assert out.shape[0] == batch
+    assert report(unet).last_run == "FsssFFss"
+    assert report(unet).forced_full == {"inputs changed shape or type within a run": 1}
+
+
+def test_sizes_up_down_and_back_capture_once_each(unet: CompVisUNet) -> None:
+    deepcache_fx.optimize(unet, backend="eager")
+    plain = CompVisUNet()
+    for size in (8, 16, 8, 12, 16):
+        assert denoise(unet, TIMESTEPS[:4], size=size).shape[-1] == size
+        once = denoise(unet, TIMESTEPS[:1], size=size)
+        assert torch.equal(once, denoise(plain, TIMESTEPS[:1], size=size))
+    assert report(unet).captures == 3
+
+
+def test_captures_are_bounded_and_the_oldest_goes_first(unet: CompVisUNet) -> None:
+    deepcache_fx.optimize(unet, backend="eager", max_captures=2)
+    for size in (8, 12, 16, 8):
+        denoise(unet, TIMESTEPS[:2], size=size)
+    assert report(unet).captures == 4
+    assert len(report(unet).signatures) == 2
+
+
+def test_two_calls_a_step_have_a_cache_each(unet: CompVisUNet) -> None:
+    """Guidance done as two calls of batch one equals one call of batch two."""
+    deepcache_fx.optimize(unet, backend="eager")
+    torch.manual_seed(0)
+    start, contexts = torch.randn(1, 4, 8, 8), torch.randn(2, 3, 6)
+
+    @torch.no_grad()
+    def loop(together: bool) -> torch.Tensor:
+        x = start
+        for t in TIMESTEPS:
+            if together:
+                first, second = unet(x.repeat(2, 1, 1, 1), t.expand(2), contexts).chunk(2)
+            else:
+                first, second = (unet(x, t.expand(1), contexts[i : i + 1]) for i in range(2))
+            x = x - 0.1 * (first + 3 * (second - first))
+        return x
+
+    together, apart = loop(True), loop(False)
+    assert report(unet).last_run == "FFssss" * 6 + "FFss"
+    assert (together - apart).norm() / together.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda t, batch: t.expand(batch),
+        lambda t, batch: torch.full((batch,), t.item()),
+        lambda t, batch: t.repeat(batch),
+    ],
+    ids=["view", "full", "repeat"],
+)
+def test_every_form_of_timestep_gives_the_same_run(unet: CompVisUNet, form: Callable[[Any, int], Any]) -> None:
+    deepcache_fx.optimize(unet, backend="eager")
+    for _ in range(2):
+        with torch.no_grad():
+            for t in TIMESTEPS[:7]:
+                unet(INPUTS["x"], form(t, 2), timesteps_context := INPUTS["context"])
+        assert report(unet).last_run == "FssFssF"
+    assert timesteps_context is INPUTS["context"]
+
+
+def test_gradients_run_the_model_itself_and_say_so_once(unet: CompVisUNet) -> None:
+    deepcache_fx.optimize(unet, backend="eager")
+    with pytest.warns(UserWarning, match="CompVisUNet runs uncached: gradients are enabled and required"):
+        out = unet(**INPUTS)
+    out.sum().backward()
+    assert unet.out[2].weight.grad is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unet(**INPUTS)
+    assert report(unet).original_calls == 2
+    assert report(unet).full_calls == 0
+
+
+def test_new_weights_are_used_by_the_next_run(unet: CompVisUNet) -> None:
+    deepcache_fx.optimize(unet, backend="eager")
+    denoise(unet, TIMESTEPS)
+    plain = CompVisUNet()
+    with torch.no_grad():
+        for model in (unet, plain):
+            model.out[2].weight.mul_(2)
+            model.middle_block[0].in_layers[2].weight.add_(0.1)
+    assert torch.equal(denoise(unet, TIMESTEPS), denoise(deepcache_fx.optimize(plain, backend="eager"), TIMESTEPS))
+    assert report(unet).captures == 1
+
+
+def test_a_replaced_layer_is_captured_anew(unet: CompVisUNet) -> None:
+    deepcache_fx.optimize(unet, backend="eager")
+    denoise(unet, TIMESTEPS)
+    torch.manual_seed(5)
+    unet.out[2] = torch.nn.Conv2d(8, 4, 3, padding=1)
+    once = denoise(unet, TIMESTEPS[:1])
+    assert report(unet).captures == 2
+    assert torch.equal(once, denoise(deepcache_fx.restore(unet), TIMESTEPS[:1]))
+
+
+def test_threads_never_share_a_cache(unet: CompVisUNet) -> None:
+    deepcache_fx.optimize(unet, backend="eager", example_inputs=INPUTS)
+    expected = [denoise(unet, TIMESTEPS, seed=seed) for seed in range(4)]
+    results: dict[int, list[torch.Tensor]] = {}
+    gate = threading.Barrier(4)
+
+    def work(seed: int) -> None:
+        gate.wait()
+        results[seed] = [denoise(unet, TIMESTEPS, seed=seed) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(4):
+        assert len(results[seed]) == 3
+        assert all(torch.equal(result, expected[seed]) for result in results[seed])
+
+
+def test_a_schedule_that_needs_the_number_of_steps_says_so_and_leaves_the_model_alone(unet: CompVisUNet) -> None:
+    cls = type(unet)
+    deepcache_fx.optimize(unet, schedule=Power(3), backend="eager")
+    with pytest.raises(ScheduleError, match="needs the number of denoising steps"), torch.no_grad():
+        unet(INPUTS["x"], torch.tensor([5, 5]), INPUTS["context"])
+    assert type(unet) is cls
+
+
+def test_a_power_schedule_reads_the_number_of_steps_off_the_timesteps(unet: CompVisUNet) -> None:
+    schedule = Power(4, center=6)
+    deepcache_fx.optimize(unet, schedule=schedule, backend="eager")
+    denoise(unet, TIMESTEPS)
+    full = [i for i, letter in enumerate(report(unet).last_run) if letter == "F"]
+    assert full == schedule.full_steps(20)
+
+
+def test_steps_and_functions_are_schedules(unet: CompVisUNet) -> None:
+    deepcache_fx.optimize(unet, schedule=Steps([2, 5]), backend="eager")
+    denoise(unet, TIMESTEPS[:8])
+    assert report(unet).last_run == "FsFssFss"
+    deepcache_fx.optimize(unet, schedule=lambda step: step < 2, backend="eager")
+    denoise(unet, TIMESTEPS[:5])
+    assert report(unet).last_run == "FFsss"
+    assert report(unet).captures == 1  # the programs do not depend on the schedule
+
+
+def test_inputs_that_cannot_be_part_of_a_key_run_uncached(unet: CompVisUNet) -> None:
+    class Wrapper(CompVisUNet):
+        def forward(self, x, timesteps, context, extra=None):  # type: ignore[no-untyped-def]
+            return super().forward(x, timesteps, context)
+
+    model = deepcache_fx.optimize(Wrapper(), backend="eager")
+    with pytest.warns(UserWarning, match="set .* is neither a tensor nor hashable"), torch.no_grad():
+        out = model(**INPUTS, extra={"a", "b"})
+    with torch.no_grad():
+        assert torch.equal(out, unet(**INPUTS))
+
+
+def test_a_report_prints_and_converts() -> None:
+    import json
+
+    unet = deepcache_fx.optimize(CompVisUNet(), interval=2, backend="eager")
+    denoise(unet, TIMESTEPS[:4])
+    text = str(report(unet))
+    assert "last run: FsFs" in text
+    assert "2 full, 2 shallow" in text
+    data = json.loads(json.dumps(report(unet).to_dict()))
+    assert data["engaged"] is True
+    assert data["signatures"][0]["shallow_macs"] < data["signatures"][0]["full_macs"]
+    assert data["signatures"][0]["passes"][0]["name"] == "canonicalize"
+
+
+def test_disable_leaves_default_passes_out_and_refuses_unknown_names(unet: CompVisUNet) -> None:
+    expected = fresh()
+    deepcache_fx.optimize(unet, backend="eager", disable="all")
+    assert torch.equal(denoise(unet, TIMESTEPS), expected)
+    assert report(unet).signatures[0].passes == ()
+    with pytest.raises(DeepCacheError, match=r"disable names no default pass: nonsense; there are: canonicalize"):
+        deepcache_fx.optimize(CompVisUNet(), disable=["nonsense"], example_inputs=INPUTS)
+
+
+def test_a_users_pass_runs_before_the_split_and_is_named_in_errors() -> None:
+    def scale_output(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        output = gm.graph.output_node()
+        with gm.graph.inserting_before(output):
+            doubled = gm.graph.call_function(torch.ops.aten.mul.Tensor, (output.args[0][0], 2.0))
+        output.args = ((doubled,),)
+        return gm
+
+    plain, unet = CompVisUNet(), deepcache_fx.optimize(CompVisUNet(), passes=[scale_output], backend="eager")
+    with torch.no_grad():
+        assert torch.equal(unet(**INPUTS), 2 * plain(**INPUTS))
+
+    def broken(gm: torch.fx.GraphModule) -> None:
+        raise ValueError("no luck")
+
+    failing = CompVisUNet()
+    with pytest.raises(DeepCacheError, match="pass 'broken' failed: ValueError: no luck"):
+        deepcache_fx.optimize(failing, passes=[broken], example_inputs=INPUTS)
+    assert type(failing) is CompVisUNet

@@ -1,0 +1,176 @@
+"""Finding skip connections and splitting at one, on graphs built by hand and on captured models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx
+
+from deepcache_fx.capture import Captured, capture
+from deepcache_fx.errors import BranchError
+from deepcache_fx.signature import CallReader
+from deepcache_fx.split import find_skip_connections, pick_branch, split
+from passes.match import is_op
+from tests import models
+
+aten = torch.ops.aten
+
+
+class Builder:
+    """Builds a graph node by node, with example values as metadata."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.root = torch.nn.Module()
+
+    def input(self, *shape: int) -> fx.Node:
+        node = self.graph.placeholder(f"x{len(self.graph.nodes)}")
+        node.meta["val"] = torch.randn(shape)
+        return node
+
+    def op(self, target: object, *args: object) -> fx.Node:
+        node = self.graph.call_function(target, args)  # type: ignore[arg-type]
+        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))  # type: ignore[operator]
+        return node
+
+    def conv(self, x: fx.Node, channels: int) -> fx.Node:
+        name = f"weight{len(self.graph.nodes)}"
+        weight = torch.nn.Parameter(torch.randn(channels, x.meta["val"].shape[1], 1, 1))
+        self.root.register_parameter(name, weight)
+        node = self.graph.get_attr(name)
+        node.meta["val"] = weight.detach()
+        return self.op(aten.conv2d.default, x, node)
+
+    def cat(self, *operands: fx.Node, axis: int = 1) -> fx.Node:
+        return self.op(aten.cat.default, list(operands), axis)
+
+    def captured(self, *outputs: fx.Node) -> Captured:
+        self.graph.output(tuple(outputs))
+        module = fx.GraphModule(self.root, self.graph)
+        import torch.utils._pytree as pytree
+
+        return Captured(module, pytree.tree_structure(tuple(range(len(outputs)))), 0.0)
+
+
+def two_level_unet() -> tuple[Builder, Captured]:
+    b = Builder()
+    x = b.input(1, 3, 4, 4)
+    skip0 = b.conv(x, 4)
+    skip1 = b.conv(skip0, 4)
+    deep = b.conv(b.conv(skip1, 8), 5)
+    up1 = b.conv(b.cat(deep, skip1), 6)
+    up0 = b.conv(b.cat(up1, skip0), 3)
+    return b, b.captured(up0)
+
+
+def test_counts_skip_connections_from_the_output() -> None:
+    _, captured = two_level_unet()
+    found = find_skip_connections(captured.graph.graph)
+    assert [b.index for b in found] == [0, 1]
+    assert [b.deep.meta["val"].shape[1] for b in found] == [6, 5]
+
+
+@pytest.mark.parametrize("deep_first", [True, False])
+def test_the_deep_operand_is_found_on_either_side(deep_first: bool) -> None:
+    b = Builder()
+    skip = b.conv(b.input(1, 3, 4, 4), 4)
+    deep = b.conv(skip, 5)
+    joined = b.cat(deep, skip) if deep_first else b.cat(skip, deep)
+    captured = b.captured(b.conv(joined, 3))
+    [found] = find_skip_connections(captured.graph.graph)
+    assert found.deep is deep
+
+
+def test_a_negative_channel_axis_is_the_channel_axis() -> None:
+    b = Builder()
+    skip = b.conv(b.input(1, 3, 4, 4), 4)
+    captured = b.captured(b.cat(b.conv(skip, 5), skip, axis=-3))
+    assert len(find_skip_connections(captured.graph.graph)) == 1
+
+
+def test_a_residual_added_to_the_skip_does_not_hide_it() -> None:
+    """ControlNet adds its residuals to the skips: the operand is then no ancestor of the deep feature."""
+    b = Builder()
+    x, residual = b.input(1, 3, 4, 4), b.input(1, 4, 4, 4)
+    skip = b.conv(x, 4)
+    deep = b.conv(skip, 5)
+    captured = b.captured(b.conv(b.cat(deep, b.op(aten.add.Tensor, skip, residual)), 3))
+    [found] = find_skip_connections(captured.graph.graph)
+    assert found.deep is deep
+
+
+@pytest.mark.parametrize("case", ["spatial axis", "three operands", "two-dimensional", "unrelated operands", "same depth"])
+def test_other_concatenations_are_no_skip_connections(case: str) -> None:
+    b = Builder()
+    x = b.input(1, 3, 4, 4)
+    trunk = b.conv(x, 4)
+    if case == "spatial axis":
+        joined = b.cat(b.conv(trunk, 4), trunk, axis=2)
+    elif case == "three operands":
+        joined = b.cat(b.conv(trunk, 4), trunk, trunk)
+    elif case == "two-dimensional":
+        flat = b.op(aten.view.default, trunk, [4, 16])
+        joined = b.cat(b.op(aten.sin.default, flat), flat)
+    elif case == "unrelated operands":
+        joined = b.cat(b.conv(trunk, 4), b.conv(b.input(1, 3, 4, 4), 4))
+    else:
+        joined = b.cat(b.op(aten.sin.default, trunk), b.op(aten.cos.default, trunk))
+    captured = b.captured(joined)
+    assert find_skip_connections(captured.graph.graph) == ()
+    with pytest.raises(BranchError, match="no skip connection"):
+        pick_branch((), 0, "Model")
+
+
+def test_the_shallow_variant_has_no_deep_layer_and_both_give_the_whole_output() -> None:
+    b, captured = two_level_unet()
+    x = torch.randn(1, 3, 4, 4)
+    expected = captured.graph(x)[0]
+    for index, convolutions in ((0, 2), (1, 4)):
+        variants = split(captured, find_skip_connections(captured.graph.graph)[index])
+        output, cached = variants.full(x)
+        assert torch.equal(output, expected)
+        assert torch.equal(variants.shallow(x, cached)[0], expected)
+        assert not torch.equal(variants.shallow(x, torch.zeros_like(cached))[0], expected)
+        assert sum(is_op(n, aten.conv2d.default) for n in variants.shallow.graph.nodes) == convolutions
+        assert variants.cache_bytes == cached.numel() * 4
+        assert variants.shallow_macs.total < variants.full_macs.total
+
+
+def test_several_outputs_are_kept_in_order() -> None:
+    b = Builder()
+    skip = b.conv(b.input(1, 3, 4, 4), 4)
+    deep = b.conv(skip, 5)
+    top = b.conv(b.cat(deep, skip), 3)
+    captured = b.captured(top, deep)
+    variants = split(captured, find_skip_connections(captured.graph.graph)[0])
+    x = torch.randn(1, 3, 4, 4)
+    first, second, cached = variants.full(x)
+    assert torch.equal(second, cached)
+    other = torch.randn_like(cached)
+    assert torch.equal(variants.shallow(x, other)[1], other)
+
+
+def test_out_of_range_branches_name_the_range() -> None:
+    _, captured = two_level_unet()
+    found = find_skip_connections(captured.graph.graph)
+    with pytest.raises(BranchError, match=r"branch 2 is out of range: Net has skip connections 0 \(shallowest\) to 1"):
+        pick_branch(found, 2, "Net")
+    with pytest.raises(BranchError, match=r"\(0, 5\).*block 0: layers 0-1"):
+        pick_branch(found, (0, 5), "Net")
+    assert pick_branch(found, (0, 1), "Net").index == 1
+
+
+def test_blocks_of_a_diffusers_unet_are_its_up_blocks() -> None:
+    unet = models.sd_unet()
+    reader = CallReader(type(unet).forward)
+    call = reader.read(unet, (torch.randn(2, 4, 8, 8), 3, torch.randn(2, 5, models.TEXT)), {})
+    captured = capture(unet, call, reader)
+    found = find_skip_connections(captured.graph.graph)
+    assert [(b.block, b.layer) for b in found] == [(i // 3, i % 3) for i in range(9)]
+    variants = split(captured, found[0])
+    own = {id(p) for p in unet.parameters()}
+    for variant in (variants.full, variants.shallow):
+        parameters = list(variant.parameters())
+        assert parameters
+        assert all(id(p) in own for p in parameters)
+    assert len(list(variants.shallow.parameters())) < len(own) / 3
