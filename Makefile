@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## a trained pipeline with and without caching: times, picture, report
-	$(BIN)/deepcache-fx compare --model benchmarks/models/fashion-t2i --out output.png
+	$(BIN)/deepcache-fx compare --model benchmarks/models/fashion-t2i --guidance-scale 4 --out output.png
 
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest

@@ -45,7 +45,7 @@ def _reduce_as_original(self: Any, protocol: Any) -> Any:
     if isinstance(self, torch.nn.Module) and "_old_forward" in self.__dict__ and "_old_forward" not in state:
         state.pop("_hf_hook", None)
         state.pop("forward", None)
-    return copyreg.__newobj__, (cls,), state  # type: ignore[attr-defined]
+    return copyreg._reconstructor, (cls, object, None), state  # type: ignore[attr-defined]
 
 
 def _is_ours(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,6 @@ class Captured:
 
     graph: fx.GraphModule
     out_spec: pytree.TreeSpec
-    seconds: float
 
     def outputs(self, leaves: Sequence[Any]) -> Any:
         """What the model would have returned: a tuple, or its output class."""
@@ -65,7 +63,6 @@ def capture(
         CaptureError: the model changes its own buffers or inputs, or `torch.export` cannot follow it.
     """
     model_class = model_class or type(module)
-    started = time.perf_counter()
     # A tensor passed twice is one graph input to export: give every leaf an object of its own.
     args, kwargs = reader.rebuild(call, [tensor.detach() for tensor in call.tensors])
     with CAPTURE_LOCK, torch.no_grad(), warnings.catch_warnings():
@@ -93,7 +90,7 @@ def capture(
     assert isinstance(graph_module, fx.GraphModule)
     out_spec = graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     flat = _flatten_border(graph_module, len(call.tensors))
-    return Captured(flat, out_spec, time.perf_counter() - started)
+    return Captured(flat, out_spec)
 
 
 def _shapes(call: Call) -> str:

@@ -21,6 +21,7 @@ class CaptureReport:
     shallow_macs: int
     cache_bytes: int
     capture_seconds: float
+    """Capture, passes and split; compilation happens at the first calls."""
     passes: tuple[PassRecord, ...]
     first_call_seconds: dict[str, float]
     """Per variant, the duration of its first call: compilation and one step."""

@@ -37,6 +37,7 @@ class Entry:
     shallow: Program
     passes: tuple[PassRecord, ...]
     inputs: str
+    seconds: float
     first_call_seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -218,6 +219,7 @@ class Runtime:
         return entry
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
+        started = time.perf_counter()
         try:
             captured = capture(module, call, self.reader, self.model_class)
             captured, records = apply_passes(captured, self.options)
@@ -234,7 +236,8 @@ class Runtime:
         self.counts.captures += 1
         self.device = device
         inputs = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors)
-        return Entry(captured, variants, full, shallow, records, inputs)
+        seconds = time.perf_counter() - started
+        return Entry(captured, variants, full, shallow, records, inputs, seconds)
 
     def report(self) -> Report:
         """The totals so far, and the last run of the calling thread."""
@@ -248,7 +251,7 @@ class Runtime:
                 full_macs=entry.variants.full_macs.total,
                 shallow_macs=entry.variants.shallow_macs.total,
                 cache_bytes=entry.variants.cache_bytes,
-                capture_seconds=entry.captured.seconds,
+                capture_seconds=entry.seconds,
                 passes=entry.passes,
                 first_call_seconds=dict(entry.first_call_seconds),
             )

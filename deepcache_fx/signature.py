@@ -84,7 +84,7 @@ class CallReader:
 
 def _ambient(device_type: str) -> Hashable:
     """What the surrounding code sets and a capture bakes in."""
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 

@@ -1,9 +1,12 @@
-"""Drop what a captured graph carries but does not need: metadata assertions and divisions by one.
+"""Drop what a captured graph carries but does not need: identities and metadata assertions.
 
     x = div(y, 1.0)                        x -> y
+    x = clone(y)                           x -> y, where it keeps y's strides (what dropout leaves behind in eval mode)
     _assert_tensor_metadata(y, ...)        (removed: the caller guards shapes, types and devices)
 
-Exact. Inductor drops both too, but only when it compiles; an eager graph runs them.
+Exact, in a functional graph: nobody writes into y. Clones of inputs and clones that are returned stay, for no output
+may come to share memory with an input or another output. Inductor drops all of these too, but only when it compiles; an
+eager graph runs them.
 """
 
 from __future__ import annotations
@@ -24,6 +27,28 @@ def _is_division_by_one(node: fx.Node) -> bool:
     return before is not None and after is not None and before.dtype == after.dtype  # integer division makes floats
 
 
+def _is_plain_clone(node: fx.Node) -> bool:
+    if not is_op(node, aten.clone.default):
+        return False
+    before, after = tensor(node.args[0]), tensor(node)
+    if before is None or after is None or before.stride() != after.stride():
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return not any(user.op == "output" for user in node.users) and not _may_alias_input(source)
+
+
+def _may_alias_input(node: fx.Node) -> bool:
+    """True where a value is an input or parameter, or may be a view of one."""
+    while node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        is_view = schema is not None and any(r.alias_info is not None for r in schema.returns)
+        if not is_view or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return True
+
+
 class Canonicalize(PassBase):
     """See the module's first lines."""
 
@@ -34,7 +59,7 @@ class Canonicalize(PassBase):
             if is_op(node, aten._assert_tensor_metadata.default):
                 graph.erase_node(node)
                 modified = True
-            elif _is_division_by_one(node):
+            elif _is_division_by_one(node) or _is_plain_clone(node):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
                 modified = True

@@ -54,8 +54,8 @@ def test_every_scheduler_gives_the_published_latents_to_the_bit(pipe: Any, name:
         full = {interval: set(range(0, calls, interval)) for interval in INTERVALS}
         expected = {}
         for interval in INTERVALS:
-            # PNDM (PLMS) repeats its second timestep. The published code looks the step up by value and takes the repeat
-            # for the step before: with N=2 it reuses a feature where the schedule says refresh.
+            # PNDM (PLMS) repeats its second timestep. The published code looks the step up by value and takes the
+            # repeat for the step before: with N=2 it reuses a feature where the schedule says refresh.
             helper_is_wrong = name == "pndm" and interval == 2
             with specified(pipe, full[interval], 4) if helper_is_wrong else published(pipe, interval, 4):
                 expected[interval] = models.generate(pipe, STEPS)
@@ -127,10 +127,16 @@ def test_fifty_steps_three_times_capture_once_and_run_the_shallow_variant() -> N
 def test_inductor_gives_the_published_latents_within_1e_4_without_recompiling(kind: str) -> None:
     small = {"block_out_channels": (16, 32), "layers_per_block": 1}
     if kind == "sd":
-        blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+        blocks = {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        }
         pipe = models.sd_pipeline(models.sd_unet(**small, **blocks))
     else:
-        blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+        blocks = {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        }
         unet = models.sdxl_unet(**small, **blocks, transformer_layers_per_block=1, cross_attention_dim=2 * models.TEXT)
         pipe = models.sdxl_pipeline(unet)
     with specified(pipe, {0, 3, 6, 9}, 0):

@@ -38,7 +38,10 @@ def test_passes_import_torch_and_the_standard_library_alone() -> None:
 
 
 def test_the_import_check_can_fail() -> None:
-    assert foreign_imports("import deepcache_fx.api\nfrom diffusers import X\nimport torch") == {"deepcache_fx", "diffusers"}
+    assert foreign_imports("import deepcache_fx.api\nfrom diffusers import X\nimport torch") == {
+        "deepcache_fx",
+        "diffusers",
+    }
 
 
 def graph_of(build, *inputs: torch.Tensor) -> fx.GraphModule:  # type: ignore[no-untyped-def]
@@ -115,6 +118,32 @@ def test_canonicalize_keeps_a_division_that_changes_the_type() -> None:
     check(Canonicalize(), graph_of(lambda g, x: g.call_function(aten.div.Tensor, (x, 1)), whole), 0, whole)
 
 
+def test_canonicalize_drops_a_clone_that_changes_nothing() -> None:
+    def build(g: fx.Graph, x: fx.Node) -> fx.Node:
+        y = g.call_function(aten.sin.default, (x,))
+        return g.call_function(aten.cos.default, (g.call_function(aten.clone.default, (y,)),))
+
+    check(Canonicalize(), graph_of(build, X), -1, X)
+
+
+def test_canonicalize_keeps_a_clone_that_makes_its_input_contiguous() -> None:
+    def build(g: fx.Graph, x: fx.Node) -> fx.Node:
+        y = g.call_function(aten.t.default, (x,))
+        return g.call_function(aten.clone.default, (y,), {"memory_format": torch.contiguous_format})
+
+    check(Canonicalize(), graph_of(build, X), 0, X)
+
+
+@pytest.mark.parametrize("through_a_view", [False, True])
+def test_canonicalize_keeps_a_clone_between_an_input_and_an_output(through_a_view: bool) -> None:
+    def build(g: fx.Graph, x: fx.Node) -> fx.Node:
+        y = g.call_function(aten.view.default, (x, [3, 2])) if through_a_view else x
+        return g.call_function(aten.clone.default, (y,))
+
+    gm = check(Canonicalize(), graph_of(build, X), 0, X)
+    assert gm(X)[0].data_ptr() != X.data_ptr()
+
+
 def test_a_pass_that_raises_is_named() -> None:
     class BreakThings(PassBase):
         def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -130,18 +159,16 @@ def test_a_pass_that_breaks_the_graph_is_named() -> None:
         first.args = (second,)
         return gm
 
-    gm = graph_of(
-        lambda g, x: g.call_function(aten.sin.default, (g.call_function(aten.cos.default, (x,)),)), X
-    )
+    gm = graph_of(lambda g, x: g.call_function(aten.sin.default, (g.call_function(aten.cos.default, (x,)),)), X)
     with pytest.raises(PassError, match="swap_order"):
         run_passes(gm, [swap_order])
 
 
 def test_a_pass_that_returns_something_else_is_named() -> None:
-    with pytest.raises(PassError, match="answer.*returns a GraphModule"):
-        def answer(gm: fx.GraphModule) -> int:
-            return 42
+    def answer(gm: fx.GraphModule) -> int:
+        return 42
 
+    with pytest.raises(PassError, match=r"answer.*returns a GraphModule"):
         run_passes(graph_of(lambda g, x: x, X), [answer])
 
 
@@ -175,7 +202,7 @@ def test_pass_names_are_snake_case_classes_or_function_names() -> None:
 
 def test_predicates_compare_overloads_and_walk_to_the_inputs() -> None:
     gm = graph_of(lambda g, x, y: g.call_function(aten.add.Tensor, (g.call_function(aten.sin.default, (x,)), x)), X, X)
-    x, y, sin, add, _ = gm.graph.nodes
+    x, _y, sin, add, _ = gm.graph.nodes
     assert is_op(sin, aten.cos.default, aten.sin.default)
     assert not is_op(sin, aten.sin)  # the packet is not the overload
     assert not is_op(x, aten.sin.default)

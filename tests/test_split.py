@@ -49,7 +49,7 @@ class Builder:
         module = fx.GraphModule(self.root, self.graph)
         import torch.utils._pytree as pytree
 
-        return Captured(module, pytree.tree_structure(tuple(range(len(outputs)))), 0.0)
+        return Captured(module, pytree.tree_structure(tuple(range(len(outputs)))))
 
 
 def two_level_unet() -> tuple[Builder, Captured]:
@@ -99,7 +99,9 @@ def test_a_residual_added_to_the_skip_does_not_hide_it() -> None:
     assert found.deep is deep
 
 
-@pytest.mark.parametrize("case", ["spatial axis", "three operands", "two-dimensional", "unrelated operands", "same depth"])
+@pytest.mark.parametrize(
+    "case", ["spatial axis", "three operands", "two-dimensional", "unrelated operands", "same depth"]
+)
 def test_other_concatenations_are_no_skip_connections(case: str) -> None:
     b = Builder()
     x = b.input(1, 3, 4, 4)
@@ -122,7 +124,7 @@ def test_other_concatenations_are_no_skip_connections(case: str) -> None:
 
 
 def test_the_shallow_variant_has_no_deep_layer_and_both_give_the_whole_output() -> None:
-    b, captured = two_level_unet()
+    _, captured = two_level_unet()
     x = torch.randn(1, 3, 4, 4)
     expected = captured.graph(x)[0]
     for index, convolutions in ((0, 2), (1, 4)):
@@ -144,7 +146,7 @@ def test_several_outputs_are_kept_in_order() -> None:
     captured = b.captured(top, deep)
     variants = split(captured, find_skip_connections(captured.graph.graph)[0])
     x = torch.randn(1, 3, 4, 4)
-    first, second, cached = variants.full(x)
+    _, second, cached = variants.full(x)
     assert torch.equal(second, cached)
     other = torch.randn_like(cached)
     assert torch.equal(variants.shallow(x, other)[1], other)

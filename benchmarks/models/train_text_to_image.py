@@ -339,6 +339,7 @@ def main() -> None:
         requires_safety_checker=False,
     )
     pipe.to("cpu", torch.float16).save_pretrained(args.out, safe_serialization=True)
+    (args.out / "prompts.json").write_text(json.dumps(list(fashion.PROMPTS), indent=2) + "\n")
     print(f"saved {args.out} after {(time.perf_counter() - started) / 60:.1f} minutes")
     pipe = StableDiffusionPipeline.from_pretrained(args.out, torch_dtype=torch.float32)
     print(f"agreement: {judge(pipe, classifier.to('cpu'), args.samples):.1%} of {args.samples} samples, uncached")

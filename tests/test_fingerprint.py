@@ -1,0 +1,79 @@
+"""Changes of a model that a captured graph would not see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import nn
+
+from deepcache_fx.fingerprint import fingerprint
+from tests import models
+
+
+class Processor:
+    def __init__(self) -> None:
+        self.scale = [1.0, 2.0]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.block = nn.ModuleDict({"a": nn.Conv2d(1, 1, 1)})
+        self.scaling = {"default": 0.5}
+        self.processor = Processor()
+        self.register_buffer("table", torch.zeros(3))
+
+
+CHANGES: dict[str, Callable[[Model], object]] = {
+    "training mode": lambda m: m.train(not m.training),
+    "an adapter's scale": lambda m: m.scaling.update(default=0.7),
+    "a new adapter": lambda m: m.scaling.update(other=1.0),
+    "a processor's list": lambda m: m.processor.scale.__setitem__(0, 3.0),
+    "another processor": lambda m: setattr(m, "processor", object()),
+    "a layer's setting": lambda m: setattr(m.block["a"], "padding", (1, 1)),
+    "a new attribute": lambda m: setattr(m, "s1", 0.9),
+    "a replaced layer": lambda m: setattr(m, "layer", nn.Linear(2, 2)),
+    "an added layer": lambda m: m.block.update({"b": nn.Identity()}),
+    "a removed layer": lambda m: m.block.pop("a"),
+    "a replaced parameter": lambda m: setattr(m.layer, "weight", nn.Parameter(torch.zeros(2, 2))),
+    "another type": lambda m: m.half(),
+    "a replaced buffer": lambda m: setattr(m, "table", torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_is_seen(change: str) -> None:
+    model = Model()
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    kept = [model.layer, model.processor, model.table, *model.parameters()]
+    CHANGES[change](model)
+    assert fingerprint(model) != before, kept
+
+
+def test_new_values_in_the_same_weights_are_not_a_change() -> None:
+    model = Model()
+    before = fingerprint(model)
+    model.load_state_dict({k: torch.ones_like(v) for k, v in model.state_dict().items()})
+    assert fingerprint(model) == before
+
+
+def test_a_diffusers_unet_is_stable_and_its_settings_are_seen() -> None:
+    unet = models.sd_unet(layers_per_block=1)
+    unet.set_attn_processor(AttnProcessor2_0())
+    seen = [fingerprint(unet)]
+    assert fingerprint(unet) == seen[0]
+    unet.set_attn_processor(AttnProcessor())
+    seen.append(fingerprint(unet))
+    unet.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    seen.append(fingerprint(unet))
+    unet.enable_freeu(0.9, 0.2, 1.1, 1.4)
+    seen.append(fingerprint(unet))
+    unet.disable_freeu()
+    seen.append(fingerprint(unet))
+    assert len({*seen}) == len(seen) - (seen[-1] == seen[1])
+    assert seen[0] != seen[1] != seen[2] != seen[3] != seen[4]
