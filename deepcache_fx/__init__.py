@@ -10,6 +10,9 @@ from deepcache_fx.errors import CaptureError as CaptureError
 from deepcache_fx.errors import CompileError as CompileError
 from deepcache_fx.errors import DeepCacheError as DeepCacheError
 from deepcache_fx.errors import ScheduleError as ScheduleError
+from deepcache_fx.plan import BranchPlan as BranchPlan
+from deepcache_fx.plan import Plan as Plan
+from deepcache_fx.plan import plan as plan
 from deepcache_fx.report import Report as Report
 from deepcache_fx.schedule import Power as Power
 from deepcache_fx.schedule import Schedule as Schedule

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates: those of convolutions, linears and matrix products, and those inside attention."""
+    """Multiply-accumulates: those of layers, which have weights, and those of activations with activations.
+
+    The latter are the products inside attention, fused or written out. Counters that hook modules see only the former.
+    """
 
     dense: int = 0
     attention: int = 0
@@ -33,6 +37,16 @@ def _shape(argument: object) -> torch.Size:
     return shape
 
 
+def _product(node: fx.Node, macs: int) -> Macs:
+    """Of a matrix product: a layer's where an operand is a parameter, reshaped or transposed at most."""
+    for operand in node.all_input_nodes:
+        while operand.op == "call_function" and len(operand.all_input_nodes) == 1:
+            operand = operand.all_input_nodes[0]
+        if operand.op == "get_attr":
+            return Macs(dense=macs)
+    return Macs(attention=macs)
+
+
 def node_macs(node: fx.Node) -> Macs:
     """MACs of one node; zero for everything that is no contraction."""
     if node.op != "call_function":
@@ -49,9 +63,14 @@ def node_macs(node: fx.Node) -> Macs:
     if packet in (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d):
         return Macs(dense=_shape(node.args[0]).numel() * _shape(node.args[1])[1:].numel())
     if packet in (aten.matmul, aten.mm, aten.bmm):
-        return Macs(dense=node.meta["val"].numel() * _shape(node.args[0])[-1])
+        return _product(node, node.meta["val"].numel() * _shape(node.args[0])[-1])
     if packet in (aten.addmm, aten.baddbmm):
-        return Macs(dense=node.meta["val"].numel() * _shape(node.args[1])[-1])
+        return _product(node, node.meta["val"].numel() * _shape(node.args[1])[-1])
+    if packet in (aten.einsum, aten.tensordot, aten.inner):  # an export keeps them whole; they run as matrix products
+        tensors = fx.map_arg(node.args, lambda argument: torch.empty(_shape(argument), device="meta"))
+        with FlopCounterMode(display=False) as counter:
+            target(*tensors)  # type: ignore[operator]
+        return _product(node, counter.get_total_flops() // 2)
     if packet is aten.scaled_dot_product_attention:
         query, key, value = (_shape(a) for a in node.args[:3])
         return Macs(attention=query[:-1].numel() * key[-2] * (query[-1] + value[-1]))

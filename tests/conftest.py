@@ -1,4 +1,4 @@
-"""Shared set-up: two threads at most, quiet libraries, GPU tests skipped where there is no GPU."""
+"""Shared set-up: one thread a worker, quiet libraries, GPU tests skipped where there is no GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

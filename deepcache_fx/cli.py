@@ -1,0 +1,160 @@
+"""The command line: deepcache-fx compare, deepcache-fx plan.
+
+A wrong argument is one line on stderr and exit code 2; Ctrl-C is exit code 130 and leaves no half-written file.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from deepcache_fx.config import Branch
+from deepcache_fx.errors import DeepCacheError
+
+
+class _OneLineErrors(TyperGroup):
+    """A command group whose errors are one line each, for scripts and for people alike."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("standalone_mode", True):
+            return super().main(*args, **kwargs)
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except (KeyboardInterrupt, typer.Abort):  # which of these, or a returned 130, depends on typer's version
+            code = 130
+        except DeepCacheError as error:
+            _complain(str(error))
+            code = 2
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # neither typer's nor click's: not a matter of arguments
+                raise
+            _complain(f"{error.format_message()} (--help tells more)")
+            code = getattr(error, "exit_code", 2)
+        if code == 130:
+            _complain("interrupted")
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str) -> None:
+    typer.echo("deepcache-fx: " + " ".join(message.split()), err=True)
+
+
+main = typer.Typer(
+    cls=_OneLineErrors,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="DeepCache for diffusion UNets, as two static graphs.",
+    epilog="A wrong argument is one line on stderr and exit code 2; Ctrl-C is exit code 130.",
+)
+
+
+class ScheduleName(str, enum.Enum):
+    """The schedules that have a name on the command line."""
+
+    uniform = "uniform"
+    power = "power"
+
+
+class DtypeName(str, enum.Enum):
+    """Floating-point types of the weights, by their torch names."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def _branch(text: str) -> Branch:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers) < 0:
+        raise typer.BadParameter(
+            f"{text!r} is neither a number of at least 0 nor block,layer as in 1,2", param_hint="--branch"
+        )
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+@main.command()
+def compare(
+    model: Annotated[str, typer.Option(help="A pipeline: a directory, or a name on the Hugging Face Hub.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeat it for more images. Otherwise: the model's prompts.json, or a landscape."),
+    ] = None,
+    interval: Annotated[int, typer.Option(min=1, help="1:N caching: every N-th step is full.")] = 3,
+    branch: Annotated[str, typer.Option(help="The skip connection: its number, or block,layer.")] = "0",
+    schedule: Annotated[ScheduleName, typer.Option(help="Where the full steps lie.")] = ScheduleName.uniform,
+    power: Annotated[float, typer.Option(help="Of the power schedule: how fast full steps thin out.")] = 1.4,
+    center: Annotated[int, typer.Option(help="Of the power schedule: the step around which they are dense.")] = 15,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, pndm, euler, dpm++, unipc, lcm, ...; the model's own if not given.")
+    ] = None,
+    refiner: Annotated[str | None, typer.Option(help="An SDXL refiner, for the last 20 % of the denoising.")] = None,
+    seed: Annotated[int, typer.Option(help="Prompt number i starts from the noise of seed + i.")] = 0,
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Default: float16 on CUDA, float32 elsewhere.", show_default=False)
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help='Which weights to load, as in "fp16".')] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, eager, inductor, or another torch.compile backend.")] = "auto",
+    guidance_scale: Annotated[float | None, typer.Option(help="The pipeline's own if not given.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each pipeline is timed.")] = 3,
+    warmup: Annotated[bool, typer.Option(help="Run each once before it is timed.")] = True,
+    out: Annotated[Path, typer.Option(help="The picture: baseline above, optimised below.")] = Path("output.png"),
+    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+) -> None:
+    """Run a text-to-image pipeline without and with caching: times, similarity, a picture of both."""
+    from deepcache_fx import cli_compare
+    from deepcache_fx.schedule import Power, Uniform
+
+    uniform = schedule is ScheduleName.uniform
+    cli_compare.compare_command(
+        cli_compare.Request(
+            model=model,
+            refiner=refiner,
+            prompts=tuple(prompt or ()),
+            schedule=Uniform(interval) if uniform else Power(interval, power, center),
+            branch=_branch(branch),
+            backend=backend,
+            scheduler=scheduler,
+            steps=steps,
+            seed=seed,
+            dtype=dtype.value if dtype is not None else None,
+            variant=variant,
+            device=device,
+            guidance_scale=guidance_scale,
+            size={name: value for name, value in (("height", height), ("width", width)) if value is not None},
+            repeats=repeats,
+            warmup=warmup,
+            out=out,
+            json=json,
+        )
+    )
+
+
+@main.command()
+def plan(
+    model: Annotated[str, typer.Option(help="A preset, the directory of a pipeline or UNet, or a name on the Hub.")],
+    height: Annotated[int | None, typer.Option(min=1, help="Of the picture, in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Of the picture, in pixels.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples in one UNet call; guidance doubles them.")] = None,
+    dtype: Annotated[DtypeName, typer.Option(help="Decides the size of the cache.")] = DtypeName.float16,
+    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+) -> None:
+    """What each skip connection would save: arithmetic, cache size, speed-up bound. Needs no weights."""
+    from deepcache_fx.cli_plan import plan_command
+
+    plan_command(model, height=height, width=width, batch=batch, dtype=dtype.value, json=json)
+
+
+if __name__ == "__main__":
+    main()
