@@ -30,6 +30,7 @@ format: $(STAMP)
 
 bench: $(STAMP) ## the benchmarks that are sensible on this machine
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) build dist

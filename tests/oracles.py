@@ -44,8 +44,8 @@ def specified(pipe: Any, full_steps: set[int], branch: int) -> Iterator[None]:
 class CatOracle:
     """Runs the module itself, eagerly, replacing one operand of one `torch.cat` by the one of the last full step.
 
-    For models the published code cannot run. `branch` counts the two-operand channel concatenations of feature maps from
-    the last one executed; the deep operand is the first in every model tested.
+    For models the published code cannot run. `branch` counts the two-operand channel concatenations of feature maps
+    from the last one executed; the deep operand is the first in every model tested.
     """
 
     def __init__(self, forward: Callable[..., Any], branch: int) -> None:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -42,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--classifier-steps", type=int, default=1400)
     parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--unet-steps", type=int, default=4000)
+    parser.add_argument("--unet-steps", type=int, default=2300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--samples", type=int, default=200, help="images judged by the classifier at the end")
@@ -342,7 +344,19 @@ def main() -> None:
     (args.out / "prompts.json").write_text(json.dumps(list(fashion.PROMPTS), indent=2) + "\n")
     print(f"saved {args.out} after {(time.perf_counter() - started) / 60:.1f} minutes")
     pipe = StableDiffusionPipeline.from_pretrained(args.out, torch_dtype=torch.float32)
-    print(f"agreement: {judge(pipe, classifier.to('cpu'), args.samples):.1%} of {args.samples} samples, uncached")
+    agreement = judge(pipe, classifier.to("cpu"), args.samples)
+    print(f"agreement: {agreement:.1%} of {args.samples} samples, uncached")
+    record = {
+        "agreement": agreement,
+        "samples": args.samples,
+        "unet_steps": args.unet_steps,
+        "batch": args.batch,
+        "seed": args.seed,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "command": "python -m benchmarks.models.train_text_to_image " + " ".join(sys.argv[1:]),
+    }
+    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
