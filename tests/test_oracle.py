@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 import diffusers
@@ -23,6 +25,7 @@ SCHEDULERS = {
     "unipc": diffusers.UniPCMultistepScheduler,
     "lcm": diffusers.LCMScheduler,
 }
+COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 EXTRA = {"pndm": {"skip_prk_steps": True}}  # PLMS, as in Stable Diffusion's own configuration
 
 
@@ -123,6 +126,7 @@ def test_fifty_steps_three_times_capture_once_and_run_the_shallow_variant() -> N
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="Inductor needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_inductor_gives_the_published_latents_within_1e_4_without_recompiling(kind: str) -> None:
     small = {"block_out_channels": (16, 32), "layers_per_block": 1}
@@ -144,11 +148,12 @@ def test_inductor_gives_the_published_latents_within_1e_4_without_recompiling(ki
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with deepcache_fx.optimized(pipe, interval=3, backend="inductor"):
+        latents = models.generate(pipe, STEPS)
         for _ in range(3):
-            latents = models.generate(pipe, STEPS)
+            models.generate(pipe, 50)
         report = deepcache_fx.report(pipe)
     assert (latents - expected).norm() / expected.norm() < 1e-4
-    assert (report.captures, report.full_calls, report.shallow_calls) == (1, 12, 18)
+    assert (report.captures, report.full_calls, report.shallow_calls) == (1, 4 + 3 * 17, 6 + 3 * 33)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
