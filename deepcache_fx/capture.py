@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import warnings
 from collections.abc import Sequence
@@ -56,8 +57,9 @@ def capture(
 ) -> Captured:
     """Capture `module` for calls like this one (see `Captured`). `model_class` is the class whose forward is meant.
 
-    `torch.export` in its non-strict form, with an empty decomposition table: in-place writes become functional and
-    eval-mode dropout disappears, but linear, conv, norms and attention stay whole operators.
+    `torch.export` in its non-strict form. Where the model writes in place, an empty decomposition table makes the graph
+    functional and keeps linear, conv, norms and attention whole; where it does not, the graph is functional as it is,
+    and the second trace, which is the longer one, is saved.
 
     Raises:
         CaptureError: the model changes its own buffers or inputs, or `torch.export` cannot follow it.
@@ -70,7 +72,8 @@ def capture(
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         try:
             program = torch.export.export(_Original(module, model_class), args, kwargs, strict=False)
-            program = program.run_decompositions({})
+            if not _is_functional(program.graph):
+                program = program.run_decompositions({})
             signature = program.graph_signature
             changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
             if changed:
@@ -91,6 +94,19 @@ def capture(
     out_spec = graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     flat = _flatten_border(graph_module, len(call.tensors))
     return Captured(flat, out_spec)
+
+
+def _is_functional(graph: fx.Graph) -> bool:
+    """True where every call is of an operator that writes into none of its arguments."""
+    for node in graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(graph.owning_module, str(node.target), None), fx.GraphModule):
+            return False  # a region of its own, as for autocast: decomposing inlines it
+    return all(
+        node.target is operator.getitem
+        or (isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable)
+        for node in graph.nodes
+        if node.op == "call_function"
+    )
 
 
 def _shapes(call: Call) -> str:

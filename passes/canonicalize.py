@@ -1,12 +1,14 @@
 """Drop what a captured graph carries but does not need: identities and metadata assertions.
 
     x = div(y, 1.0)                        x -> y
-    x = clone(y)                           x -> y, where it keeps y's strides (what dropout leaves behind in eval mode)
+    x = clone(y)                           x -> y, where it keeps y's strides
+    x = dropout(y, p, False)               x -> y
+    x = to(y, dtype), contiguous(y)        x -> y, where y is so already
     _assert_tensor_metadata(y, ...)        (removed: the caller guards shapes, types and devices)
 
 Exact, in a functional graph: nobody writes into y. Clones of inputs and clones that are returned stay, for no output
-may come to share memory with an input or another output. Inductor drops all of these too, but only when it compiles; an
-eager graph runs them.
+may come to share memory with an input or another output; the others share memory already. Inductor drops all of these
+too, but only when it compiles; an eager graph runs them.
 """
 
 from __future__ import annotations
@@ -38,6 +40,20 @@ def _is_plain_clone(node: fx.Node) -> bool:
     return not any(user.op == "output" for user in node.users) and not _may_alias_input(source)
 
 
+def _is_alias(node: fx.Node) -> bool:
+    """An operator that returns its argument as it is."""
+    if is_op(node, aten.dropout.default):
+        return node.args[2] is False
+    if not is_op(node, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.contiguous.default):
+        return False
+    before, after = tensor(node.args[0]), tensor(node)
+    if before is None or after is None:
+        return False
+    copies = bool(node.kwargs.get("copy")) or True in node.args[2:]
+    same = (before.dtype, before.device, before.stride()) == (after.dtype, after.device, after.stride())
+    return same and not copies
+
+
 def _may_alias_input(node: fx.Node) -> bool:
     """True where a value is an input or parameter, or may be a view of one."""
     while node.op == "call_function":
@@ -59,7 +75,7 @@ class Canonicalize(PassBase):
             if is_op(node, aten._assert_tensor_metadata.default):
                 graph.erase_node(node)
                 modified = True
-            elif _is_division_by_one(node) or _is_plain_clone(node):
+            elif _is_division_by_one(node) or _is_plain_clone(node) or _is_alias(node):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
                 modified = True

@@ -134,6 +134,31 @@ def test_canonicalize_keeps_a_clone_that_makes_its_input_contiguous() -> None:
     check(Canonicalize(), graph_of(build, X), 0, X)
 
 
+def test_canonicalize_drops_what_returns_its_argument() -> None:
+    def build(g: fx.Graph, x: fx.Node) -> fx.Node:
+        x = g.call_function(aten.sin.default, (x,))
+        x = g.call_function(aten.dropout.default, (x, 0.5, False))
+        x = g.call_function(aten.to.dtype, (x, torch.float32))
+        return g.call_function(aten.cos.default, (g.call_function(aten.contiguous.default, (x,)),))
+
+    check(Canonicalize(), graph_of(build, X), -3, X)
+
+
+def test_canonicalize_keeps_what_changes_type_or_layout_or_copies() -> None:
+    def build(g: fx.Graph, x: fx.Node) -> tuple[fx.Node, ...]:
+        x = g.call_function(aten.t.default, (x,))
+        double = g.call_function(aten.to.dtype, (x, torch.float64))
+        copied = g.call_function(aten.to.dtype, (x, torch.float32, False, True))
+        return double, copied, g.call_function(aten.contiguous.default, (x,))
+
+    check(Canonicalize(), graph_of(build, X), 0, X)
+
+
+def test_canonicalize_keeps_dropout_in_training() -> None:
+    gm = graph_of(lambda g, x: g.call_function(aten.dropout.default, (x, 0.5, True)), X)
+    assert not Canonicalize()(gm).modified
+
+
 @pytest.mark.parametrize("through_a_view", [False, True])
 def test_canonicalize_keeps_a_clone_between_an_input_and_an_output(through_a_view: bool) -> None:
     def build(g: fx.Graph, x: fx.Node) -> fx.Node:
