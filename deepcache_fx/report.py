@@ -72,8 +72,8 @@ class Report:
         calls = self.full_calls + self.shallow_calls
         lines = [
             f"{self.model}: {self.schedule}, backend {self.backend}",
-            f"  calls: {calls} cached runs' calls: {self.full_calls} full, {self.shallow_calls} shallow; "
-            f"{self.original_calls} uncached",
+            f"  {calls} calls: {self.full_calls} full, {self.shallow_calls} shallow; "
+            f"{self.original_calls} more uncached",
         ]
         if calls and not self.engaged:
             lines.append("  the shallow variant never ran: nothing was saved")

@@ -68,6 +68,8 @@ def _may_alias_input(node: fx.Node) -> bool:
 class Canonicalize(PassBase):
     """See the module's first lines."""
 
+    keeps_metadata = True  # only removes nodes
+
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
         modified = False

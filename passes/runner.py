@@ -46,6 +46,9 @@ def pass_name(item: Pass) -> str:
 def run_passes(gm: fx.GraphModule, passes: Sequence[Pass]) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
     """Apply the passes in order.
 
+    After a pass that changed something, `meta["val"]` of every node is computed anew, unless the pass says
+    `keeps_metadata = True`.
+
     Raises:
         PassError: naming the pass that raised, returned no graph or broke the graph.
     """
@@ -59,7 +62,8 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass]) -> tuple[fx.GraphModu
             if modified:
                 gm.graph.lint()
                 gm.recompile()
-                refresh_metadata(gm)
+                if not getattr(item, "keeps_metadata", False):
+                    refresh_metadata(gm)
         except Exception as error:
             raise PassError(f"pass {name!r} failed: {type(error).__name__}: {error}") from error
         records.append(PassRecord(name, modified, before, len(gm.graph.nodes), time.perf_counter() - started))
