@@ -13,7 +13,8 @@ from deepcache_fx.config import Branch, Options
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.fingerprint import fingerprint
 from deepcache_fx.report import Report
-from deepcache_fx.runtime import Runtime
+from deepcache_fx.runtime import Runtime, default_passes
+from deepcache_fx.signature import UnsupportedInput
 
 T = TypeVar("T")
 
@@ -82,21 +83,46 @@ def optimize(
     )
     module, pipeline = _resolve(target)
     check_attachable(module)
-    runtime = runtime_of(module)
-    if runtime is None or runtime.options != wanted:
-        before = runtime
-        restore(target)
-        runtime = Runtime(original_class(module), wanted)
-        runtime.on_first_failure = restore
-        if before is not None and before.options.same_programs(wanted):
-            runtime.adopt(before)
-        attach(module, runtime)
-    if pipeline is not None and not runtime.watches(pipeline):
+    default_passes(wanted)  # refuses unknown names
+    before = runtime_of(module)
+    unchanged = before if before is not None and before.options == wanted else None
+    runtime = unchanged or _replace(module, before, wanted)
+    if pipeline is not None and not any(pipeline is known for known in runtime.pipelines()):
         runtime.watch(SchedulerWatch(pipeline, runtime))
     if example_inputs is not None:
         args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
-        runtime.entry(module, runtime.reader.read(module, args, kwargs), fingerprint(module))
+        try:
+            runtime.entry(module, runtime.reader.read(module, args, kwargs), fingerprint(module))
+        except BaseException as error:
+            _bring_back(module, before)
+            if isinstance(error, (TypeError, UnsupportedInput)):
+                raise DeepCacheError(f"example_inputs do not fit {type(module).__name__}: {error}") from error
+            raise
     return target
+
+
+def _replace(module: torch.nn.Module, before: Runtime | None, wanted: Options) -> Runtime:
+    """Attach a new runtime in place of the one before; it follows the same pipelines, and keeps programs that fit."""
+    try:
+        runtime = Runtime(original_class(module), wanted)
+    except UnsupportedInput as error:
+        raise DeepCacheError(f"{type(module).__name__} cannot be optimised: {error}") from error
+    runtime.on_first_failure = restore
+    restore(module)
+    if before is not None and before.options.same_programs(wanted):
+        runtime.adopt(before)
+    attach(module, runtime)
+    for known in before.pipelines() if before is not None else ():
+        runtime.watch(SchedulerWatch(known, runtime))
+    return runtime
+
+
+def _bring_back(module: torch.nn.Module, before: Runtime | None) -> None:
+    """Attach the runtime that was there before, or none."""
+    if runtime_of(module) is not before:
+        restore(module)
+        if before is not None:
+            attach(module, before)
 
 
 def restore(target: T) -> T:
@@ -119,7 +145,10 @@ def report(target: object) -> Report:
 
 
 def reset(target: object) -> None:
-    """Forget the current run of this thread: the next UNet call begins a new one. Rarely needed: runs are recognised.
+    """Forget the current run of this thread, and free its cache: the next UNet call begins a new run.
+
+    Runs are recognised without it. Call it where a setting of the model (a LoRA or IP-Adapter scale) changes within a
+    run, or between unrelated UNet calls that no scheduler announces: bare falling timesteps look like one run.
 
     Raises:
         DeepCacheError: the target is not optimised.
@@ -136,10 +165,7 @@ def optimized(target: T, *args: Any, **kwargs: Any) -> Iterator[T]:
     try:
         yield target
     finally:
-        if runtime_of(module) is not before:
-            restore(target)
-            if before is not None:
-                attach(module, before)
+        _bring_back(module, before)
 
 
 def _resolve(target: Any) -> tuple[torch.nn.Module, Any]:

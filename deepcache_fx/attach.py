@@ -33,7 +33,11 @@ def _subclass(instance: Any, members: dict[str, Any]) -> None:
     """Give the instance a subclass of its own with these members, and the name of its class."""
     cls = original_class(instance)
     hidden = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    subclass = type(cls.__name__, (cls,), {**members, **hidden, "__reduce_ex__": _reduce_as_original})
+    ours = {
+        "__reduce_ex__": _reduce_as_original,
+        "__new__": lambda _, *args, **kwargs: cls(*args, **kwargs),  # type(unet).from_config(...) is a plain one
+    }
+    subclass = type(cls.__name__, (cls,), {**members, **hidden, **ours})
     subclass.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
     instance.__class__ = subclass
 
@@ -159,6 +163,12 @@ def listen(scheduler: Any, runtime: Runtime) -> None:
     listeners.runtimes.add(runtime)
 
 
+def _hears(runtime: Runtime, scheduler: Any) -> bool:
+    """False where another pipeline's watch has stopped listening to this scheduler for the same runtime."""
+    listeners = type(scheduler).__dict__.get(_MARK)
+    return listeners is not None and runtime in listeners.runtimes
+
+
 def unlisten(scheduler: Any, runtime: Runtime) -> None:
     """Undo `listen`; the scheduler gets its class back when nobody listens any more."""
     listeners = type(scheduler).__dict__.get(_MARK)
@@ -198,17 +208,18 @@ class SchedulerWatch:
         self._runtime = weakref.ref(runtime)
         self._scheduler: weakref.ref[Any] | None = None
 
-    def follows(self, pipeline: object) -> bool:
-        return self._pipeline() is pipeline
+    def pipeline(self) -> Any:
+        """The pipeline, or None where it is gone."""
+        return self._pipeline()
 
     def __call__(self) -> None:
         """Called before every UNet call: cheap where nothing has changed."""
         pipeline, runtime = self._pipeline(), self._runtime()
         scheduler = getattr(pipeline, "scheduler", None)
         known = self._scheduler() if self._scheduler is not None else None
-        if scheduler is known or runtime is None:
+        if runtime is None or (scheduler is known and (scheduler is None or _hears(runtime, scheduler))):
             return
-        if known is not None:
+        if known is not None and known is not scheduler:
             unlisten(known, runtime)
         self._scheduler = None
         if scheduler is not None:

@@ -21,7 +21,7 @@ from deepcache_fx.report import CaptureReport, Counts, Report
 from deepcache_fx.signature import Call, CallReader, UnsupportedInput
 from deepcache_fx.split import Variants, find_skip_connections, pick_branch, split
 from deepcache_fx.steps import StepTracker, Tick, position_of, value_position
-from passes import Canonicalize, PassError, PassRecord, pass_name, run_passes
+from passes import Canonicalize, Pass, PassError, PassRecord, pass_name, run_passes
 
 DEFAULT_PASSES = (Canonicalize(),)
 """Exact passes, in order, applied to the captured graph before the split."""
@@ -54,7 +54,7 @@ class Watch(Protocol):
 
     def __call__(self) -> None: ...
 
-    def follows(self, pipeline: object) -> bool: ...
+    def pipeline(self) -> Any: ...
 
     def stop(self) -> None: ...
 
@@ -96,11 +96,12 @@ class Runtime:
 
     def watch(self, watch: Watch) -> None:
         """Follow a pipeline's scheduler: `watch` is called before every UNet call."""
-        self._watches.append(watch)
+        self._watches = [known for known in self._watches if known.pipeline() is not None] + [watch]
         watch()
 
-    def watches(self, pipeline: object) -> bool:
-        return any(watch.follows(pipeline) for watch in self._watches)
+    def pipelines(self) -> list[Any]:
+        """The living pipelines whose schedulers are followed."""
+        return [pipeline for pipeline in (watch.pipeline() for watch in self._watches) if pipeline is not None]
 
     def stop_watching(self) -> None:
         """Until the next call."""
@@ -146,7 +147,9 @@ class Runtime:
         if tick.new_run:
             state.slots.clear()
             state.trace = []
-            state.fingerprint = fingerprint(module)
+            settings = fingerprint(module)
+            if settings != state.fingerprint:  # else the same object: then every look-up is quick
+                state.fingerprint = settings
             self._check_num_steps(module, tick)
         entry = self.entry(module, call, state.fingerprint)
         slot = state.slots.get(tick.call)
@@ -159,6 +162,8 @@ class Runtime:
         if forced is not None and not wanted_full:
             self.counts.forced[forced] += 1
         if wanted_full or slot is None or forced is not None:
+            if wanted_full and tick.call == 0:
+                state.slots.clear()  # a call that is missing from this step must not find its old feature later
             state.slots.pop(tick.call, None)
             leaves = self._run(entry, "full", entry.full, call.tensors)
             count = entry.variants.num_outputs
@@ -209,6 +214,7 @@ class Runtime:
                 entry = self._entries.get(key)  # another thread may have been first
                 if entry is None:
                     entry = self._make_entry(module, call)
+                    self._drop_replaced_weights(module)
                     self._entries[key] = entry
                     while len(self._entries) > self.options.max_captures:
                         self._entries.popitem(last=False)
@@ -217,6 +223,13 @@ class Runtime:
                 if key in self._entries:
                     self._entries.move_to_end(key)
         return entry
+
+    def _drop_replaced_weights(self, module: torch.nn.Module) -> None:
+        """Programs over parameters that the module no longer has can never run again: let go of those."""
+        live = {id(p) for p in module.parameters()}
+        for key, entry in list(self._entries.items()):
+            if any(id(p) not in live for p in entry.captured.graph.parameters()):
+                del self._entries[key]
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
@@ -255,7 +268,7 @@ class Runtime:
                 passes=entry.passes,
                 first_call_seconds=dict(entry.first_call_seconds),
             )
-            for entry in self._entries.values()
+            for entry in tuple(self._entries.values())
         )
         backend = self.options.backend if self.device is None else pick_backend(self.options, self.device)
         return Report(
@@ -274,11 +287,11 @@ class Runtime:
         )
 
 
-def apply_passes(captured: Captured, options: Options) -> tuple[Captured, tuple[PassRecord, ...]]:
-    """Run the default passes that are not disabled, then the user's.
+def default_passes(options: Options) -> tuple[Pass, ...]:
+    """The default passes that are not disabled.
 
     Raises:
-        DeepCacheError: a pass failed (named), or `disable` names no default pass.
+        DeepCacheError: `disable` names no default pass.
     """
     known = [pass_name(item) for item in DEFAULT_PASSES]
     unknown = set(options.disable) - {*known, "all"}
@@ -286,9 +299,17 @@ def apply_passes(captured: Captured, options: Options) -> tuple[Captured, tuple[
         raise DeepCacheError(
             f"disable names no default pass: {', '.join(sorted(unknown))}; there are: {', '.join(known)}"
         )
-    defaults = [p for p in DEFAULT_PASSES if "all" not in options.disable and pass_name(p) not in options.disable]
+    return tuple(p for p in DEFAULT_PASSES if "all" not in options.disable and pass_name(p) not in options.disable)
+
+
+def apply_passes(captured: Captured, options: Options) -> tuple[Captured, tuple[PassRecord, ...]]:
+    """Run the default passes that are not disabled, then the user's.
+
+    Raises:
+        DeepCacheError: a pass failed (named), or `disable` names no default pass.
+    """
     try:
-        graph, records = run_passes(captured.graph, (*defaults, *options.passes))
+        graph, records = run_passes(captured.graph, (*default_passes(options), *options.passes))
     except PassError as error:
         raise DeepCacheError(str(error)) from error
     return captured.with_graph(graph), records

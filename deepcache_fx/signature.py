@@ -45,6 +45,7 @@ class CallReader:
             raise UnsupportedInput("forward takes no named argument")
         self.sample_name = named[0]
         self.timestep_name = next((n for n in named[1:] if n in TIMESTEP_NAMES), named[1] if len(named) > 1 else None)
+        self.timestep_named = self.timestep_name in TIMESTEP_NAMES
 
     def read(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """The call `module(*args, **kwargs)`.
@@ -67,7 +68,7 @@ class CallReader:
                 kind = torch.float64 if isinstance(timestep, float) else torch.int64
                 timestep = torch.tensor(timestep, dtype=kind)
                 arguments[self.timestep_name] = timestep
-            elif not isinstance(timestep, torch.Tensor):
+            elif not isinstance(timestep, torch.Tensor) or (timestep.ndim > 1 and not self.timestep_named):
                 timestep = None
         tensors: list[torch.Tensor] = []
         key = tuple(_describe(value, tensors) for value in arguments.values())

@@ -13,7 +13,7 @@ from deepcache_fx.capture import Captured
 from deepcache_fx.config import Branch
 from deepcache_fx.errors import BranchError
 from deepcache_fx.macs import Macs, total_macs
-from passes.match import ancestors, eliminate_dead_code, is_op, tensor
+from passes.match import ancestors, eliminate_dead_code, is_op, is_view, tensor
 
 aten = torch.ops.aten
 
@@ -146,6 +146,7 @@ def split(captured: Captured, branch: SkipConnection) -> Variants:
     full, full_nodes = _copy(graph)
     output = full.output_node()
     num_outputs = len(output.args[0])  # type: ignore[arg-type]
+    _part_from(full, full_nodes[deep])
     output.args = ((*output.args[0], full_nodes[deep]),)  # type: ignore[misc]
     eliminate_dead_code(full)
 
@@ -154,6 +155,7 @@ def split(captured: Captured, branch: SkipConnection) -> Variants:
         cached = shallow.placeholder("cached")
     cached.meta["val"] = deep.meta["val"]
     shallow_nodes[deep].replace_all_uses_with(cached)
+    _part_from(shallow, cached)
     eliminate_dead_code(shallow)
 
     return Variants(
@@ -165,6 +167,21 @@ def split(captured: Captured, branch: SkipConnection) -> Variants:
         full_macs=total_macs(full.nodes),
         shallow_macs=total_macs(shallow.nodes),
     )
+
+
+def _part_from(graph: fx.Graph, kept: fx.Node) -> None:
+    """Clone the outputs that are `kept` or a view of it: a caller may write into what it was given."""
+    output = graph.output_node()
+    leaves = list(output.args[0])  # type: ignore[arg-type]
+    for i, leaf in enumerate(leaves):
+        node = leaf
+        while isinstance(node, fx.Node) and node is not kept and is_view(node):
+            node = node.all_input_nodes[0]
+        if node is kept:
+            with graph.inserting_before(output):
+                leaves[i] = graph.call_function(aten.clone.default, (leaf,))
+            leaves[i].meta = dict(leaf.meta)
+    output.args = (tuple(leaves),)
 
 
 def _copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

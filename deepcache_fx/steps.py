@@ -2,7 +2,8 @@
 
 Evidence, strongest first: what a pipeline's scheduler announces (`set_timesteps` begins a run, `step` ends a step); a
 timestep that is a view into the tensor of all timesteps, by its offset (no value is read, so nothing waits for a
-device); the timestep's value. In doubt a run begins anew: that costs one full step and can never reuse a stale feature.
+device); the timestep's value. In doubt a run begins anew, which costs one full step. What no evidence can tell apart:
+unrelated calls, without a scheduler, whose bare timesteps happen to fall like those of one run (see `api.reset`).
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class StepTracker:
         self._announced: int | None = None
         self._pending_run = False
         self._stepped = False
+        self._position = self._timestep = self._sample = None
 
     def run_announced(self, num_steps: int | None) -> None:
         """The scheduler's `set_timesteps` was called."""
@@ -112,6 +114,8 @@ class StepTracker:
         if move > 0:
             if position.source is None and not self._hooked and abs(move) > _JUMP * self._stride + 1:
                 return self._begin(position)
+            if position.source is not None and abs(move) != self._stride:  # elsewhere in the same tensor
+                return self._begin(position, direction=self._direction, stride=abs(move))
             self._stride = abs(move)
             return self._next_step()
         if move == 0:
@@ -126,15 +130,19 @@ class StepTracker:
         *,
         hooked: bool = False,
         direction: int | None = None,
+        stride: float = 1.0,
         reason: str = "first call of a run",
     ) -> Tick:
         by_value = position is not None and position.source is None
         self._active, self._hooked, self._pending_run = True, hooked, False
         self._step, self._call = 0, 0
         self._direction = direction or (-1 if by_value else 1)  # values fall, offsets grow
-        self._stride = math.inf
-        self._unsure, self._calls_before = False, 0
+        self._stride = math.inf if by_value else stride
+        self._unsure, self._calls_before, self._distinct = False, 0, False
         known = position.remaining if position is not None else None
+        if position is not None and known is not None:
+            left = position.at + 1 if self._direction < 0 else known
+            known = math.ceil(left / self._stride)
         if hooked and self._announced is not None:
             known = self._announced if known is None else min(known, self._announced)
         self._num_steps = known
@@ -155,7 +163,9 @@ class StepTracker:
         if self._call >= MAX_CALLS_PER_STEP:
             return self._begin(self._position, reason="the timestep does not change from call to call")
         if not self._hooked and sample is not self._sample:
-            self._unsure = True
+            if self._step > 0 and not self._distinct:  # in this run the calls of a step shared their sample
+                return self._begin(self._position)
+            self._unsure = self._distinct = True
         return Tick(self._step, self._call, self._num_steps, doubt=self._doubt)
 
     # Set by _begin and observe; declared for readers and type checkers.
@@ -169,4 +179,6 @@ class StepTracker:
     _stride: float
     _unsure: bool
     _calls_before: int
+    _distinct: bool
+    """Whether the calls of step 0 had a sample each."""
     _num_steps: int | None

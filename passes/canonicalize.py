@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from passes.match import eliminate_dead_code, is_op, tensor
+from passes.match import eliminate_dead_code, is_op, is_view, tensor
 
 aten = torch.ops.aten
 
@@ -26,7 +26,10 @@ def _is_division_by_one(node: fx.Node) -> bool:
     if not is_op(node, aten.div.Tensor) or node.kwargs or isinstance(node.args[1], fx.Node) or node.args[1] != 1:
         return False
     before, after = tensor(node.args[0]), tensor(node)
-    return before is not None and after is not None and before.dtype == after.dtype  # integer division makes floats
+    if before is None or after is None:
+        return False
+    # Integer division makes floats; division of a tensor with gaps or repeats makes a dense one.
+    return (before.dtype, before.stride()) == (after.dtype, after.stride()) and _may_share(node)
 
 
 def _is_plain_clone(node: fx.Node) -> bool:
@@ -35,6 +38,11 @@ def _is_plain_clone(node: fx.Node) -> bool:
     before, after = tensor(node.args[0]), tensor(node)
     if before is None or after is None or before.stride() != after.stride():
         return False
+    return _may_share(node)
+
+
+def _may_share(node: fx.Node) -> bool:
+    """True where the node may become its argument: neither is an output, and the argument is no input."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return not any(user.op == "output" for user in node.users) and not _may_alias_input(source)
@@ -56,13 +64,9 @@ def _is_alias(node: fx.Node) -> bool:
 
 def _may_alias_input(node: fx.Node) -> bool:
     """True where a value is an input or parameter, or may be a view of one."""
-    while node.op == "call_function":
-        schema = getattr(node.target, "_schema", None)
-        is_view = schema is not None and any(r.alias_info is not None for r in schema.returns)
-        if not is_view or not node.all_input_nodes:
-            return False
+    while is_view(node):
         node = node.all_input_nodes[0]
-    return True
+    return node.op != "call_function"
 
 
 class Canonicalize(PassBase):

@@ -31,6 +31,13 @@ def tensor(node: object) -> torch.Tensor | None:
     return val if isinstance(val, torch.Tensor) else None
 
 
+def is_view(node: fx.Node) -> bool:
+    """True where what the node returns may share memory with its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    shares = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    return bool(shares and node.all_input_nodes)
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
     """The node's user where there is exactly one."""
     return next(iter(node.users)) if len(node.users) == 1 else None

@@ -225,6 +225,54 @@ def test_accelerate_hooks_before_or_after_do_not_tear_it_off(hook_first: bool) -
     assert torch.equal(denoise(unet, TIMESTEPS), denoise(CompVisUNet(), TIMESTEPS))
 
 
+def test_the_class_of_an_optimised_model_makes_plain_ones() -> None:
+    unet = deepcache_fx.optimize(models.sd_unet())
+    other = type(unet).from_config(unet.config)
+    assert type(other) is diffusers.UNet2DConditionModel
+    pipe = deepcache_fx.optimize(models.sd_pipeline())
+    assert type(type(pipe.scheduler).from_config(pipe.scheduler.config)) is diffusers.DDIMScheduler
+
+
+def test_pipelines_that_share_unet_and_scheduler_are_both_followed() -> None:
+    first = models.sd_pipeline()
+    second = diffusers.StableDiffusionPipeline(**first.components, requires_safety_checker=False)
+    scheduler = first.scheduler
+    deepcache_fx.optimize(first, interval=3, backend="eager")
+    deepcache_fx.optimize(second, interval=3, backend="eager")
+    first.scheduler = diffusers.EulerDiscreteScheduler.from_config(scheduler.config)
+    generate = torch.no_grad()(first.unet)
+    arguments = (torch.randn(2, 4, 8, 8), torch.tensor(7), torch.randn(2, 5, models.TEXT))
+    generate(*arguments)  # the watch of the first lets go of the scheduler they shared
+    second.scheduler.set_timesteps(4)
+    generate(*arguments)
+    assert deepcache_fx.report(second).last_run == "F"
+    second.scheduler.step(*(torch.randn(1, 4, 8, 8), second.scheduler.timesteps[0], torch.randn(1, 4, 8, 8)))
+    generate(*arguments)
+    assert deepcache_fx.report(second).last_run == "Fs"
+
+
+def test_another_interval_on_the_unet_keeps_following_the_pipeline() -> None:
+    pipe = deepcache_fx.optimize(models.sd_pipeline(), interval=3)
+    deepcache_fx.optimize(pipe.unet, interval=5)
+    assert type(pipe.scheduler) is not diffusers.DDIMScheduler
+    deepcache_fx.restore(pipe)
+    assert type(pipe.scheduler) is diffusers.DDIMScheduler
+
+
+def test_inputs_that_do_not_fit_leave_what_was_there() -> None:
+    unet = CompVisUNet()
+    with pytest.raises(DeepCacheError, match="example_inputs do not fit CompVisUNet: missing a required argument"):
+        deepcache_fx.optimize(unet, example_inputs={"x": INPUTS["x"]})
+    assert type(unet) is CompVisUNet
+    deepcache_fx.optimize(unet, interval=7)
+    with pytest.raises(DeepCacheError, match="do not fit"):
+        deepcache_fx.optimize(unet, interval=2, example_inputs={"x": INPUTS["x"]})
+    assert deepcache_fx.report(unet).schedule == "Uniform(interval=7)"
+    with pytest.raises(DeepCacheError, match="disable names no default pass: typo"):
+        deepcache_fx.optimize(unet, disable="typo")
+    assert deepcache_fx.report(unet).schedule == "Uniform(interval=7)"
+
+
 def test_a_replaced_scheduler_is_followed() -> None:
     pipe = deepcache_fx.optimize(models.sd_pipeline(), backend="eager")
     models.generate(pipe, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -28,6 +29,37 @@ class Model(nn.Module):
         self.register_buffer("table", torch.zeros(3))
 
 
+def scaled(model: Model, scale: float) -> Model:
+    model.scaling["default"] = scale
+    return model
+
+
+def test_minus_one_and_minus_two_are_different_although_their_hashes_are_equal() -> None:
+    model = Model()
+    assert hash(-1.0) == hash(-2.0)
+    assert fingerprint(scaled(model, -1.0)) != fingerprint(scaled(model, -2.0))
+
+
+def test_one_and_true_are_different_although_they_are_equal() -> None:
+    model = Model()
+    assert fingerprint(scaled(model, 1)) != fingerprint(scaled(model, True))
+
+
+def test_an_object_is_not_taken_for_a_later_one_at_its_address() -> None:
+    model, seen = Model(), []
+    for value in (1.5, 2.0, 3.0, 4.0):
+        model.number = np.float32(value)
+        seen.append(fingerprint(model))
+    assert len(set(seen)) == 4
+
+
+def test_attributes_made_in_inference_mode_are_read() -> None:
+    model = Model()
+    with torch.inference_mode():
+        model.lazy = torch.ones(2)
+    assert fingerprint(model) == fingerprint(model)
+
+
 CHANGES: dict[str, Callable[[Model], object]] = {
     "training mode": lambda m: m.train(not m.training),
     "an adapter's scale": lambda m: m.scaling.update(default=0.7),
@@ -36,6 +68,8 @@ CHANGES: dict[str, Callable[[Model], object]] = {
     "another processor": lambda m: setattr(m, "processor", object()),
     "a layer's setting": lambda m: setattr(m.block["a"], "padding", (1, 1)),
     "a new attribute": lambda m: setattr(m, "s1", 0.9),
+    "a patched layer's forward": lambda m: setattr(m.layer, "forward", lambda x: x),
+    "a diffusers configuration": lambda m: setattr(m, "_internal_dict", {"center_input_sample": True}),
     "a replaced layer": lambda m: setattr(m, "layer", nn.Linear(2, 2)),
     "an added layer": lambda m: m.block.update({"b": nn.Identity()}),
     "a removed layer": lambda m: m.block.pop("a"),

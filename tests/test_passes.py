@@ -77,14 +77,18 @@ X = torch.randn(2, 3)
 
 
 def test_canonicalize_drops_a_division_by_one() -> None:
-    gm = graph_of(lambda g, x: g.call_function(aten.div.Tensor, (g.call_function(aten.sin.default, (x,)), 1.0)), X)
+    def build(g: fx.Graph, x: fx.Node) -> fx.Node:
+        half = g.call_function(aten.div.Tensor, (g.call_function(aten.sin.default, (x,)), 1.0))
+        return g.call_function(aten.neg.default, (half,))
+
+    gm = graph_of(build, X)
     result = check(Canonicalize(), gm, -1, X)
     assert all("val" in n.meta for n in result.graph.nodes if n.op != "output")
 
 
 def test_canonicalize_drops_a_division_with_several_users() -> None:
     def build(g: fx.Graph, x: fx.Node) -> tuple[fx.Node, ...]:
-        half = g.call_function(aten.div.Tensor, (x, 1))
+        half = g.call_function(aten.div.Tensor, (g.call_function(aten.neg.default, (x,)), 1))
         return g.call_function(aten.sin.default, (half,)), g.call_function(aten.cos.default, (half,))
 
     check(Canonicalize(), graph_of(build, X), -1, X)
@@ -92,6 +96,7 @@ def test_canonicalize_drops_a_division_with_several_users() -> None:
 
 def test_canonicalize_drops_a_chain_of_divisions() -> None:
     def build(g: fx.Graph, x: fx.Node) -> fx.Node:
+        x = g.call_function(aten.neg.default, (x,))
         for _ in range(3):
             x = g.call_function(aten.div.Tensor, (x, 1.0))
         return g.call_function(aten.sin.default, (x,))
@@ -106,6 +111,22 @@ def test_canonicalize_drops_assertions_and_what_only_they_used() -> None:
         return g.call_function(aten.sin.default, (x,))
 
     check(Canonicalize(), graph_of(build, X), -2, X)
+
+
+def test_canonicalize_keeps_a_division_that_closes_gaps() -> None:
+    x = torch.randn(4, 4)
+
+    def build(g: fx.Graph, x: fx.Node) -> fx.Node:
+        sparse = g.call_function(aten.slice.Tensor, (g.call_function(aten.sin.default, (x,)), 1, 0, 4, 2))
+        dense = g.call_function(aten.div.Tensor, (sparse, 1.0))
+        return g.call_function(aten.view.default, (dense, [8]))
+
+    check(Canonicalize(), graph_of(build, x), 0, x)
+
+
+def test_canonicalize_keeps_a_division_between_an_input_and_an_output() -> None:
+    gm = check(Canonicalize(), graph_of(lambda g, x: g.call_function(aten.div.Tensor, (x, 1.0)), X), 0, X)
+    assert gm(X)[0].data_ptr() != X.data_ptr()
 
 
 @pytest.mark.parametrize("divisor", [2.0, -1.0, 0.999])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +144,29 @@ def test_every_form_of_timestep_gives_the_same_run(unet: CompVisUNet, form: Call
                 unet(INPUTS["x"], form(t, 2), timesteps_context := INPUTS["context"])
         assert report(unet).last_run == "FssFssF"
     assert timesteps_context is INPUTS["context"]
+
+
+def test_a_call_that_pauses_does_not_come_back_to_its_old_feature(unet: CompVisUNet) -> None:
+    """Guidance that stops and starts again: its second call has no fresh feature when it returns."""
+    deepcache_fx.optimize(unet, backend="eager")
+    with torch.no_grad():
+        for index, t in enumerate(TIMESTEPS[:11]):
+            x = torch.randn(1, 4, 8, 8)
+            for _ in range(1 if 3 <= index < 7 else 2):
+                unet(x, t.expand(1), INPUTS["context"][:1])
+    assert report(unet).last_run == "FF" + "ss" + "ss" + "F" + "s" + "s" + "F" + "sF" + "ss" + "FF" + "ss"
+    assert report(unet).forced_full == {"no cached feature for this call of the step": 1}
+
+
+def test_replaced_weights_are_let_go(unet: CompVisUNet) -> None:
+    deepcache_fx.optimize(unet, backend="eager")
+    denoise(unet, TIMESTEPS[:2])
+    old = [weakref.ref(p) for p in unet.parameters()]
+    unet.load_state_dict({k: v.clone() for k, v in unet.state_dict().items()}, assign=True)
+    denoise(unet, TIMESTEPS[:2])
+    gc.collect()
+    assert report(unet).captures == 2
+    assert [reference for reference in old if reference() is not None] == []
 
 
 def test_gradients_run_the_model_itself_and_say_so_once(unet: CompVisUNet) -> None:

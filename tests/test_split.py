@@ -152,6 +152,21 @@ def test_several_outputs_are_kept_in_order() -> None:
     assert torch.equal(variants.shallow(x, other)[1], other)
 
 
+def test_an_output_that_is_the_cached_feature_may_be_written_into() -> None:
+    b = Builder()
+    skip = b.conv(b.input(1, 3, 4, 4), 4)
+    deep = b.conv(skip, 5)
+    captured = b.captured(b.conv(b.cat(deep, skip), 3), deep)
+    variants = split(captured, find_skip_connections(captured.graph.graph)[0])
+    x = torch.randn(1, 3, 4, 4)
+    _, given, cached = variants.full(x)
+    expected = cached.clone()
+    given.zero_()
+    assert torch.equal(cached, expected)
+    variants.shallow(x, cached)[1].zero_()
+    assert torch.equal(cached, expected)
+
+
 def test_out_of_range_branches_name_the_range() -> None:
     _, captured = two_level_unet()
     found = find_skip_connections(captured.graph.graph)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -97,6 +99,40 @@ def test_a_jump_of_a_bare_value_begins_a_run() -> None:
     """Abandoned at 900, the next one (image to image) starts at 300."""
     ticks = feed(StepTracker(), values(999, 950, 900, 300, 250))
     assert [t.new_run for t in ticks] == [True, False, False, True, False]
+
+
+def test_a_jump_within_one_timesteps_tensor_begins_a_run() -> None:
+    """Abandoned after two steps; another image starts further down, as image to image does."""
+    timesteps = torch.arange(20)
+    ticks = feed(StepTracker(), [timesteps[i] for i in (0, 1, 10, 11, 12)])
+    # The second jump is the stride of one again: the price of following strided views.
+    assert [t.new_run for t in ticks] == [True, False, True, True, False]
+
+
+def test_a_strided_or_reversed_view_tells_how_many_steps_are_left() -> None:
+    strided = feed(StepTracker(), list(torch.arange(1000)[::50]))
+    assert strided[2].num_steps == 19
+    assert [t.new_run for t in strided] == [True, True, *[False] * 18]
+    timesteps = torch.arange(20)
+    assert feed(StepTracker(), [timesteps[19 - i] for i in range(20)])[5].num_steps == 19
+
+
+def test_a_run_abandoned_between_the_calls_of_a_step_leaves_nothing_to_the_next() -> None:
+    timesteps, tracker = torch.arange(10), StepTracker()
+    samples = [object() for _ in range(5)]
+    feed(tracker, [t for t in timesteps[:4] for _ in range(2)], [s for s in samples[:4] for _ in range(2)])
+    feed(tracker, [timesteps[4]], [samples[4]])  # its second call never came
+    assert feed(tracker, [timesteps[4]])[0].new_run
+
+
+def test_a_reset_tracker_keeps_no_tensor_alive() -> None:
+    tracker, sample = StepTracker(), torch.ones(1)
+    feed(tracker, [torch.arange(5)[0]], [sample])
+    alive = weakref.ref(sample)
+    del sample
+    assert alive() is not None
+    tracker.reset()
+    assert alive() is None
 
 
 def test_a_nan_timestep_is_always_full() -> None:
