@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -27,6 +25,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks import fashion
+from benchmarks.environment import environment
 
 MAX_TOKENS = 16
 TEXT_WIDTH = 96
@@ -352,9 +351,7 @@ def main() -> None:
         "unet_steps": args.unet_steps,
         "batch": args.batch,
         "seed": args.seed,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "command": "python -m benchmarks.models.train_text_to_image " + " ".join(sys.argv[1:]),
+        "judged": environment("cpu"),
     }
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
