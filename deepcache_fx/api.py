@@ -14,11 +14,9 @@ from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.fingerprint import fingerprint
 from deepcache_fx.report import Report
 from deepcache_fx.runtime import Runtime, default_passes
-from deepcache_fx.signature import UnsupportedInput
+from deepcache_fx.signature import ExampleInputs, UnsupportedInput
 
 T = TypeVar("T")
-
-ExampleInputs = Mapping[str, Any] | Sequence[Any]
 
 
 def optimize(
@@ -90,13 +88,10 @@ def optimize(
     if pipeline is not None and not any(pipeline is known for known in runtime.pipelines()):
         runtime.watch(SchedulerWatch(pipeline, runtime))
     if example_inputs is not None:
-        args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
         try:
-            runtime.entry(module, runtime.reader.read(module, args, kwargs), fingerprint(module))
-        except BaseException as error:
+            runtime.entry(module, runtime.reader.read_example(module, example_inputs), fingerprint(module))
+        except BaseException:
             _bring_back(module, before)
-            if isinstance(error, (TypeError, UnsupportedInput)):
-                raise DeepCacheError(f"example_inputs do not fit {type(module).__name__}: {error}") from error
             raise
     return target
 

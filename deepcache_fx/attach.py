@@ -87,12 +87,8 @@ def attach(module: torch.nn.Module, runtime: Runtime) -> None:
         module.__dict__["_old_forward"] = types.MethodType(forward, module)
 
 
-def check_attachable(module: object) -> None:
+def check_attachable(module: torch.nn.Module) -> None:
     """Raise a DeepCacheError where a model cannot be optimised, and say why."""
-    if not isinstance(module, torch.nn.Module):
-        raise DeepCacheError(
-            f"optimize takes a UNet (torch.nn.Module) or a diffusers pipeline that has one, got {type(module).__name__}"
-        )
     if hasattr(module, "_orig_mod"):
         raise DeepCacheError(
             "this UNet is already wrapped by torch.compile: pass the original (unet._orig_mod). optimize() compiles "

@@ -6,15 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deepcache_fx.errors import BranchError, DeepCacheError
+from deepcache_fx.errors import BranchError, OptionError
 from deepcache_fx.schedule import Schedule, Uniform, as_schedule
 
 Branch = int | tuple[int, int]
 """A skip connection: its number counted from the output, or the published (block, layer)."""
-
-
-class OptionError(DeepCacheError, ValueError):
-    """An option of `optimize` has a value that makes no sense."""
 
 
 @dataclass(frozen=True)

@@ -17,5 +17,9 @@ class ScheduleError(DeepCacheError, ValueError):
     """A schedule is malformed, or lacks the number of denoising steps it needs."""
 
 
+class OptionError(DeepCacheError, ValueError):
+    """An option has a value that makes no sense."""
+
+
 class CompileError(DeepCacheError):
     """A captured variant could not be compiled."""

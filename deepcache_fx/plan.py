@@ -11,12 +11,12 @@ from torch import fx
 
 from deepcache_fx.attach import original_class
 from deepcache_fx.capture import capture
-from deepcache_fx.config import OptionError, Options
-from deepcache_fx.errors import BranchError, DeepCacheError
+from deepcache_fx.config import Options
+from deepcache_fx.errors import BranchError, DeepCacheError, OptionError
 from deepcache_fx.example_inputs import example_inputs as make_example_inputs
 from deepcache_fx.macs import Macs, total_macs
 from deepcache_fx.runtime import apply_passes
-from deepcache_fx.signature import CallReader, UnsupportedInput
+from deepcache_fx.signature import CallReader, ExampleInputs
 from deepcache_fx.split import SkipConnection, find_skip_connections
 from passes.match import ancestors
 
@@ -128,7 +128,7 @@ class Plan:
 def plan(
     target: object,
     *,
-    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    example_inputs: ExampleInputs | None = None,
     batch: int = 2,
     height: int | None = None,
     width: int | None = None,
@@ -164,13 +164,9 @@ def plan(
         raise DeepCacheError(f"plan takes a UNet or a diffusers pipeline with a .unet, got {type(target).__name__}")
     if example_inputs is None:
         example_inputs = make_example_inputs(unet, batch=batch, height=height, width=width)
-    args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
     model_class = original_class(unet)
     reader = CallReader(model_class.forward)
-    try:
-        call = reader.read(unet, args, kwargs)
-    except (TypeError, UnsupportedInput) as error:
-        raise DeepCacheError(f"example_inputs do not fit {model_class.__name__}: {error}") from error
+    call = reader.read_example(unet, example_inputs)
     captured, _ = apply_passes(capture(unet, call, reader, model_class), Options())
     graph = captured.graph.graph
     full = total_macs(ancestors([graph.output_node()]))
@@ -183,16 +179,8 @@ def plan(
 
 def _branch_plan(graph: fx.Graph, branch: SkipConnection, full: Macs) -> BranchPlan:
     # Counted on the one graph: splitting a copy of it for every branch gives the same and takes minutes for SDXL.
-    cached = branch.deep
-    needed = {cached}
-    stack = [graph.output_node()]
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
-    value = cached.meta["val"]
-    shallow = total_macs(needed - {cached})
+    value = branch.deep.meta["val"]
+    shallow = total_macs(ancestors([graph.output_node()], given=[branch.deep]))
     return BranchPlan(branch.index, branch.block, branch.layer, full, shallow, value.numel() * value.element_size())
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from deepcache_fx.errors import DeepCacheError
+
+ExampleInputs = Mapping[str, Any] | Sequence[Any]
+"""Arguments of a UNet call, by name or by position."""
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "noise_labels", "sigma")
 
@@ -73,6 +78,18 @@ class CallReader:
         tensors: list[torch.Tensor] = []
         key = tuple(_describe(value, tensors) for value in arguments.values())
         return Call(bound, tuple(tensors), (key, _ambient(sample.device.type)), timestep, sample)
+
+    def read_example(self, module: torch.nn.Module, example_inputs: ExampleInputs) -> Call:
+        """The call that a user describes by its arguments, by name or position.
+
+        Raises:
+            DeepCacheError: they do not fit.
+        """
+        args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+        try:
+            return self.read(module, args, kwargs)
+        except (TypeError, UnsupportedInput) as error:
+            raise DeepCacheError(f"example_inputs do not fit {type(module).__name__}: {error}") from error
 
     def rebuild(self, call: Call, tensors: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's (args, kwargs), without self, with dictionaries sorted and its tensors replaced in order."""

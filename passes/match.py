@@ -43,16 +43,17 @@ def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Every node these are computed from, themselves included."""
-    seen: set[fx.Node] = set()
+def ancestors(nodes: Iterable[fx.Node], *, given: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """Every node these are computed from, themselves included, where the values of `given` need not be computed."""
+    known = set(given)
+    seen = set(known)
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
             stack.extend(node.all_input_nodes)
-    return seen
+    return seen - known
 
 
 def is_impure(node: fx.Node) -> bool:
