@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -88,21 +87,39 @@ def all_arms(backend: str = "inductor") -> dict[str, Arm]:
     def compiled(mode: str | None = None) -> dict[str, Any]:
         return dict(backend=backend, **({"mode": mode} if mode is not None and backend == "inductor" else {}))
 
-    def compile_ours(graphs: bool) -> Callable[[Stage, int], Prepared]:
-        extra = {"cuda_graphs": graphs} if _knows_cuda_graphs() else {}
-        return lambda stage, interval: _ours(stage, interval, backend=backend, **extra)
+    def ours(**options: Any) -> Callable[[Stage, int], Prepared]:
+        return lambda stage, interval: _ours(stage, interval, **options)
 
     arms = [
         Arm("eager", "the model as it is", _plain, caches=False),
-        Arm("ours-eager", "deepcache_fx, backend eager", lambda s, n: _ours(s, n, backend="eager")),
+        Arm("ours-eager", "deepcache_fx, backend eager", ours(backend="eager")),
         Arm("helper", "DeepCacheSDHelper", _helper, _refuse_helper),
-        Arm("ours-compile", "deepcache_fx, Inductor, no CUDA graphs", compile_ours(False), compiles=True),
+        Arm(
+            "ours-compile",
+            "deepcache_fx, Inductor, no CUDA graphs",
+            ours(backend=backend, cuda_graphs=False),
+            compiles=True,
+        ),
         Arm(
             "ours-cuda-graphs",
             "deepcache_fx, Inductor and CUDA graphs",
-            compile_ours(True),
+            ours(backend=backend, cuda_graphs=True),
             _refuse_cuda_graphs,
             compiles=True,
+        ),
+        Arm(
+            "ours-uncached",
+            "deepcache_fx with every step full: Inductor, and CUDA graphs on a GPU",
+            ours(backend=backend),
+            caches=False,
+            compiles=True,
+        ),
+        Arm(
+            "ours-eager-cuda-graphs",
+            "deepcache_fx, backend eager, recorded as CUDA graphs: nothing is compiled",
+            ours(backend="eager", cuda_graphs=True),
+            _refuse_cuda_graphs,
+            one_interval=True,
         ),
         Arm("compile", "torch.compile", lambda s, n: _plain(s, n, compiled()), caches=False, compiles=True),
         Arm(
@@ -131,6 +148,13 @@ def all_arms(backend: str = "inductor") -> dict[str, Arm]:
             "torch.compile, max-autotune, channels-last weights: the recipe of diffusers' guide",
             lambda s, n: _plain(s, n, compiled("max-autotune"), True),
             caches=False,
+            compiles=True,
+        ),
+        Arm(
+            "ours-max-autotune",
+            "deepcache_fx, Inductor with max-autotune, and CUDA graphs on a GPU",
+            ours(backend=backend, **({"mode": "max-autotune"} if backend == "inductor" else {})),
+            one_interval=True,
             compiles=True,
         ),
         Arm("pruna", "Pruna's deepcache and torch_compile", _pruna, _refuse_pruna, one_interval=True, compiles=True),
@@ -249,13 +273,5 @@ def _without(name: str, backend: str) -> Arm:
     )
 
 
-def _knows_cuda_graphs() -> bool:
-    return "cuda_graphs" in inspect.signature(deepcache_fx.optimize).parameters
-
-
 def _refuse_cuda_graphs(case: Case) -> str | None:
-    if torch.device(case.device).type != "cuda":
-        return "CUDA graphs need a CUDA device"
-    if not _knows_cuda_graphs():
-        return "optimize() has no option cuda_graphs yet"
-    return None
+    return "CUDA graphs need a CUDA device" if torch.device(case.device).type != "cuda" else None

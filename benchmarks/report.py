@@ -16,13 +16,14 @@ from benchmarks.cases import Quantiles, Result, over
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.plots import draw
 from benchmarks.store import read_results
+from benchmarks.targets import targets_table
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 COMMAND = "python -m benchmarks.report"
 
 SUMMARY_ARMS = (
     "eager", "compile", "compile-max-autotune", "helper", "helper-compile", "eager-fewer-steps", "compile-fewer-steps",
-    "ours-eager", "ours-compile", "ours-cuda-graphs",
+    "ours-eager", "ours-compile", "ours-uncached", "ours-cuda-graphs",
 )  # fmt: skip
 SUMMARY_COLUMNS = (
     "arm", "1:N", "full step, ms", "shallow step, ms", "loop, s", "x eager", "x compile", "x helper", "MAC bound",
@@ -169,6 +170,7 @@ def provenance(rows: Sequence[Result]) -> str:
 def full_report(rows: Sequence[Result], plots: dict[Group, list[str]]) -> str:
     """The whole of speed.md."""
     parts = ["# Speed", f"Made by `{COMMAND}` from the JSON files beside it.", LEGEND]
+    parts += ["## Targets", targets_table(list(grouped(rows).values()))]
     for group, members in grouped(rows).items():
         members = sorted(members, key=_order)
         parts += [f"## {heading(members[0])} on {group[0]}", markdown_table(members)]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from deepcache_fx.attach import SchedulerWatch, attach, check_attachable, detach, original_class, runtime_of
 from deepcache_fx.config import Branch, Options
 from deepcache_fx.errors import DeepCacheError
-from deepcache_fx.fingerprint import fingerprint
 from deepcache_fx.report import Report
 from deepcache_fx.runtime import Runtime, default_passes
 from deepcache_fx.signature import ExampleInputs, UnsupportedInput
@@ -30,6 +29,7 @@ def optimize(
     backend: str | Callable[..., Any] = "auto",
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    cuda_graphs: bool | Literal["auto"] = "auto",
     max_captures: int = 8,
     example_inputs: ExampleInputs | None = None,
 ) -> T:
@@ -49,8 +49,10 @@ def optimize(
         passes: Extra graph passes, applied in order to the captured graph before the split.
         disable: Default passes to leave out, by name; "all" keeps the captured graph as it is.
         backend: "auto" (Inductor on CUDA, else eager), "eager", or any torch.compile backend.
-        mode: Passed to torch.compile.
+        mode: Passed to torch.compile. The CUDA graphs that some modes of Inductor switch on are replaced by ours.
         options: Passed to torch.compile.
+        cuda_graphs: Record both variants as CUDA graphs. "auto" does so on CUDA, except for the eager backend. Where a
+            variant cannot be recorded it is called, and `report` says why.
         max_captures: How many signatures are kept; the least recently used goes first.
         example_inputs: Arguments of a UNet call, by name or position: capture now instead of at the first call.
 
@@ -77,6 +79,7 @@ def optimize(
         backend=backend,
         mode=mode,
         options=options,
+        cuda_graphs=cuda_graphs,
         max_captures=max_captures,
     )
     module, pipeline = _resolve(target)
@@ -89,7 +92,7 @@ def optimize(
         runtime.watch(SchedulerWatch(pipeline, runtime))
     if example_inputs is not None:
         try:
-            runtime.entry(module, runtime.reader.read_example(module, example_inputs), fingerprint(module))
+            runtime.prepare(module, runtime.reader.read_example(module, example_inputs))
         except BaseException:
             _bring_back(module, before)
             raise
@@ -127,6 +130,7 @@ def restore(target: T) -> T:
     if runtime is not None:
         runtime.stop_watching()
         detach(module)
+        runtime.weights_format.undo()
     return target
 
 

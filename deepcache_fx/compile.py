@@ -1,4 +1,4 @@
-"""Turn a variant into the fastest callable for its device."""
+"""Turn a variant into the fastest callable for its device, without Dynamo's guards in the step path."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ def pick_backend(options: Options, device: torch.device) -> str | Callable[..., 
 def compile_variant(variant: fx.GraphModule, options: Options, device: torch.device) -> Program:
     """A callable for one variant. "eager" runs the graph's own operators, one after the other.
 
+    Dynamo's guards are left out: the runtime calls a program only for the signature and settings it was made for.
+    Inductor's own CUDA graphs, which some modes switch on, are left out too: they hand out memory that the next call
+    overwrites, and the cached feature outlives it. The runtime records its own (see `cuda_graphs`).
+
     Raises:
-        CompileError: torch.compile knows no such backend.
+        CompileError: torch.compile knows no such backend, or Inductor no such mode.
     """
     backend = pick_backend(options, device)
     if backend == "eager":
@@ -35,8 +39,50 @@ def compile_variant(variant: fx.GraphModule, options: Options, device: torch.dev
         known = torch.compiler.list_backends(exclude_tags=())
         if backend not in known:
             raise CompileError(f"backend {backend!r} is unknown: use auto, eager or one of {', '.join(known)}")
-    extra = None if options.options is None else dict(options.options)
-    compiled: Program = torch.compile(
-        variant, backend=backend, mode=options.mode, options=extra, fullgraph=True, dynamic=False
+    settings = _settings(options, backend)
+    mode = options.mode if settings is None else None  # torch.compile takes one of the two
+    program: Program = torch.compile(
+        _entry_point(variant), backend=backend, mode=mode, options=settings, fullgraph=True, dynamic=False
     )
-    return compiled
+    return program
+
+
+def _settings(options: Options, backend: str | Callable[..., Any]) -> dict[str, Any] | None:
+    """The `options` for torch.compile; None where the mode must be passed instead."""
+    settings: dict[str, Any] = {"guard_filter_fn": _no_guards}
+    if backend == "inductor":
+        settings |= _inductor_mode(options.mode)
+    elif options.mode is not None:
+        return None
+    return settings | dict(options.options or {})
+
+
+def _inductor_mode(mode: str | None) -> dict[str, Any]:
+    """What an Inductor mode stands for, less its CUDA graphs."""
+    if mode is None:
+        return {}
+    import torch._inductor as inductor  # slow to import, and only needed here
+
+    known = inductor.list_mode_options()
+    if mode not in known:
+        raise CompileError(f"mode {mode!r} is unknown to Inductor: use one of {', '.join(known)}")
+    return {key: value for key, value in known[mode].items() if key != "triton.cudagraphs"}
+
+
+def _no_guards(guards: Sequence[Any]) -> list[bool]:
+    return [False] * len(guards)
+
+
+def _entry_point(variant: fx.GraphModule) -> Program:
+    """A function with a code object of its own.
+
+    Dynamo keeps what it compiled with the code object, and without guards the first program found there is run. It
+    would wrap a GraphModule, or its `forward`, into a function whose code all of them share.
+    """
+
+    def step(*tensors: torch.Tensor) -> Sequence[Any]:
+        result: Sequence[Any] = variant(*tensors)
+        return result
+
+    step.__code__ = step.__code__.replace(co_name=step.__name__)  # a new object, though equal
+    return step

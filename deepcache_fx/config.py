@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from deepcache_fx.errors import BranchError, OptionError
 from deepcache_fx.schedule import Schedule, Uniform, as_schedule
@@ -24,6 +24,7 @@ class Options:
     backend: str | Callable[..., Any] = "auto"
     mode: str | None = None
     options: Mapping[str, Any] | None = None
+    cuda_graphs: bool | Literal["auto"] = "auto"
     max_captures: int = 8
 
     def same_programs(self, other: Options) -> bool:
@@ -41,6 +42,7 @@ class Options:
         backend: str | Callable[..., Any] = "auto",
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
+        cuda_graphs: bool | Literal["auto"] = "auto",
         max_captures: int = 8,
     ) -> Options:
         """Validate the keyword arguments of `optimize`.
@@ -52,6 +54,8 @@ class Options:
             raise OptionError("torch.compile takes mode or options, not both: leave one out")
         if not (isinstance(backend, str) or callable(backend)):
             raise OptionError(f"backend must be a name or a torch.compile backend function, got {backend!r}")
+        if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
+            raise OptionError(f'cuda_graphs must be "auto", True or False, got {cuda_graphs!r}')
         if isinstance(max_captures, bool) or not isinstance(max_captures, int) or max_captures < 1:
             raise OptionError(f"max_captures must be an integer of at least 1, got {max_captures!r}")
         for item in passes:
@@ -65,6 +69,7 @@ class Options:
             backend=backend,
             mode=mode,
             options=options,
+            cuda_graphs=cuda_graphs,
             max_captures=max_captures,
         )
 

@@ -59,7 +59,7 @@ class _Same:
 
 
 def fingerprint(module: torch.nn.Module) -> Hashable:
-    """Equal for equal structure, settings and parameter objects; in-place changes of weights leave it as it is.
+    """Equal for equal structure, settings and parameter objects; in-place changes of values leave it as it is.
 
     Seen: submodules added, replaced or removed, parameters replaced, and every plain value in an instance attribute:
     training mode, LoRA scales and active adapters, IP-Adapter scale, attention processors, FreeU factors.
@@ -77,7 +77,7 @@ def fingerprint(module: torch.nn.Module) -> Hashable:
         for parameters in (sub._parameters, sub._buffers):
             for key, tensor in parameters.items():
                 if tensor is not None:
-                    parts.append((key, id(tensor), tensor.dtype, tensor.device, tensor.shape))
+                    parts.append((key, id(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()))
     return Settings(tuple(parts))
 
 

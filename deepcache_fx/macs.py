@@ -11,6 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
 
+_ATTENTION = (
+    aten.scaled_dot_product_attention,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+)
+
 
 @dataclass(frozen=True)
 class Macs:
@@ -71,7 +78,7 @@ def node_macs(node: fx.Node) -> Macs:
         with FlopCounterMode(display=False) as counter:
             target(*tensors)  # type: ignore[operator]
         return _product(node, counter.get_total_flops() // 2)
-    if packet is aten.scaled_dot_product_attention:
+    if packet in _ATTENTION:
         query, key, value = (_shape(a) for a in node.args[:3])
         return Macs(attention=query[:-1].numel() * key[-2] * (query[-1] + value[-1]))
     return Macs()

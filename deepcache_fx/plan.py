@@ -173,7 +173,7 @@ def plan(
     branches = tuple(_branch_plan(graph, branch, full) for branch in find_skip_connections(graph))
     if not branches:
         raise BranchError(f"{model_class.__name__} has no skip connection: DeepCache needs a U-Net")
-    shapes = ", ".join(_shapes(call.arguments.arguments))
+    shapes = ", ".join(_shapes(call.arguments))
     return Plan(model_class.__name__, shapes, str(call.sample.dtype).split(".")[-1], full, branches, intervals)
 
 

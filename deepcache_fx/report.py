@@ -24,7 +24,9 @@ class CaptureReport:
     """Capture, passes and split; compilation happens at the first calls."""
     passes: tuple[PassRecord, ...]
     first_call_seconds: dict[str, float]
-    """Per variant, the duration of its first call: compilation and one step."""
+    """Per variant, the duration of its first call: compilation, recording and one step."""
+    cuda_graphs: str = "off"
+    """Whether its steps are replays of recorded CUDA graphs, or why not."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Report:
             lines += [f"    {record}" for record in item.passes]
             for name, seconds in item.first_call_seconds.items():
                 lines.append(f"    first {name} call: {seconds:.2f} s")
+            lines.append(f"    CUDA graphs: {item.cuda_graphs}")
         return "\n".join(lines)
 
 

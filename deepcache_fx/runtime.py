@@ -7,23 +7,29 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from deepcache_fx import memory_format
 from deepcache_fx.capture import CAPTURE_LOCK, Captured, capture
-from deepcache_fx.compile import Program, compile_variant, pick_backend
+from deepcache_fx.compile import compile_variant, pick_backend
 from deepcache_fx.config import Options
+from deepcache_fx.cuda_graphs import RECORDERS, Recorded, Recorder
 from deepcache_fx.errors import DeepCacheError, ScheduleError
 from deepcache_fx.fingerprint import fingerprint
+from deepcache_fx.programs import Called, DeepFeature, Programs
 from deepcache_fx.report import CaptureReport, Counts, Report
 from deepcache_fx.signature import Call, CallReader, UnsupportedInput
 from deepcache_fx.split import Variants, find_skip_connections, pick_branch, split
 from deepcache_fx.steps import StepTracker, Tick, position_of, value_position
-from passes import Canonicalize, Pass, PassError, PassRecord, pass_name, run_passes
+from passes import Canonicalize, ChooseAttention, Pass, PassError, PassRecord, pass_name, run_passes
 
-DEFAULT_PASSES = (Canonicalize(),)
+DEFAULT_PASSES = (
+    Canonicalize(),
+    ChooseAttention(),  # last: what matches attention knows the plain operator
+)
 """Exact passes, in order, applied to the captured graph before the split."""
 
 
@@ -33,20 +39,18 @@ class Entry:
 
     captured: Captured
     variants: Variants
-    full: Program
-    shallow: Program
+    programs: Programs
     passes: tuple[PassRecord, ...]
     inputs: str
     seconds: float
-    first_call_seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Slot:
-    """The cached values of one UNet call of a step, and the entry that made them."""
+    """The deep feature of one UNet call of a step, and the entry that made it."""
 
     entry: Entry
-    cache: tuple[torch.Tensor, ...]
+    feature: DeepFeature
 
 
 class Watch(Protocol):
@@ -84,12 +88,14 @@ class Runtime:
         self.device: torch.device | None = None
         self.on_first_failure: Callable[[torch.nn.Module], object] = lambda module: None
         self._watches: list[Watch] = []
+        self.weights_format = memory_format.ChannelsLastWeights()
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
+        self._recorders: dict[torch.device, Recorder] = {}
         self._state = ThreadState()
 
     def adopt(self, before: Runtime) -> None:
         """Take over the programs of a runtime whose options differ in the schedule alone."""
-        self._entries = before._entries
+        self._entries, self._recorders = before._entries, before._recorders
         self.counts.captures, self.device = before.counts.captures, before.device
 
     # What schedulers announce.
@@ -147,11 +153,11 @@ class Runtime:
         if tick.new_run:
             state.slots.clear()
             state.trace = []
-            settings = fingerprint(module)
+            settings = self._settings(module, call)
             if settings != state.fingerprint:  # else the same object: then every look-up is quick
                 state.fingerprint = settings
             self._check_num_steps(module, tick)
-        entry = self.entry(module, call, state.fingerprint)
+        entry = self._entry(module, call, state.fingerprint)
         slot = state.slots.get(tick.call)
         forced = tick.doubt
         if slot is None:
@@ -165,14 +171,12 @@ class Runtime:
             if wanted_full and tick.call == 0:
                 state.slots.clear()  # a call that is missing from this step must not find its old feature later
             state.slots.pop(tick.call, None)
-            leaves = self._run(entry, "full", entry.full, call.tensors)
-            count = entry.variants.num_outputs
-            state.slots[tick.call] = Slot(entry, tuple(leaves[count:]))
-            leaves = leaves[:count]
+            leaves, feature = entry.programs.full(call.tensors)
+            state.slots[tick.call] = Slot(entry, feature)
             self.counts.full += 1
             state.trace.append("F")
         else:
-            leaves = self._run(entry, "shallow", entry.shallow, (*call.tensors, *slot.cache))
+            leaves = entry.programs.shallow(call.tensors, slot.feature)
             self.counts.shallow += 1
             state.trace.append("s")
         return entry.captured.outputs(leaves)
@@ -187,15 +191,6 @@ class Runtime:
                 "Steps"
             )
 
-    def _run(self, entry: Entry, name: str, program: Program, tensors: tuple[torch.Tensor, ...]) -> Any:
-        if name in entry.first_call_seconds:
-            return program(*tensors)
-        with CAPTURE_LOCK:
-            started = time.perf_counter()
-            leaves = program(*tensors)
-            entry.first_call_seconds[name] = time.perf_counter() - started
-        return leaves
-
     def _original(self, reason: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         self._state.forget()
         if reason not in self.counts.original:
@@ -205,43 +200,57 @@ class Runtime:
 
     # Capturing.
 
-    def entry(self, module: torch.nn.Module, call: Call, settings: Hashable) -> Entry:
+    def prepare(self, module: torch.nn.Module, call: Call) -> Entry:
+        """Capture and split for calls like this one, ahead of the first."""
+        return self._entry(module, call, self._settings(module, call))
+
+    def _settings(self, module: torch.nn.Module, call: Call) -> Hashable:
+        """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first."""
+        device = call.sample.device
+        if device.type in memory_format.DEVICE_TYPES and pick_backend(self.options, device) != "eager":
+            self.weights_format.convert(module)
+        return fingerprint(module)
+
+    def _entry(self, module: torch.nn.Module, call: Call, settings: Hashable) -> Entry:
         """The programs for calls like this one, captured now if there are none yet."""
         key = (settings, call.key)
         entry = self._entries.get(key)
         if entry is None:
+            dropped: list[Entry] = []
             with CAPTURE_LOCK:
                 entry = self._entries.get(key)  # another thread may have been first
                 if entry is None:
                     entry = self._make_entry(module, call)
-                    self._drop_replaced_weights(module)
+                    dropped += self._drop_replaced_weights(module)
                     self._entries[key] = entry
                     while len(self._entries) > self.options.max_captures:
-                        self._entries.popitem(last=False)
+                        dropped.append(self._entries.popitem(last=False)[1])
+            for old in dropped:  # not under the lock, which recorded programs take after their own
+                old.programs.release()
         elif len(self._entries) > 1:
             with CAPTURE_LOCK:
                 if key in self._entries:
                     self._entries.move_to_end(key)
         return entry
 
-    def _drop_replaced_weights(self, module: torch.nn.Module) -> None:
+    def _drop_replaced_weights(self, module: torch.nn.Module) -> list[Entry]:
         """Programs over parameters that the module no longer has can never run again: let go of those."""
         live = {id(p) for p in module.parameters()}
-        for key, entry in list(self._entries.items()):
-            if any(id(p) not in live for p in entry.captured.graph.parameters()):
-                del self._entries[key]
+        replaced = [
+            key for key, e in self._entries.items() if any(id(p) not in live for p in e.captured.graph.parameters())
+        ]
+        return [self._entries.pop(key) for key in replaced]
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
+        device = call.sample.device
         try:
             captured = capture(module, call, self.reader, self.model_class)
             captured, records = apply_passes(captured, self.options)
             branches = find_skip_connections(captured.graph.graph)
             branch = pick_branch(branches, self.options.branch, self.model_class.__name__)
             variants = split(captured, branch)
-            device = call.sample.device
-            full = compile_variant(variants.full, self.options, device)
-            shallow = compile_variant(variants.shallow, self.options, device)
+            programs = self._make_programs(variants, call)
         except DeepCacheError:
             if not self.counts.captures:
                 self.on_first_failure(module)
@@ -249,8 +258,30 @@ class Runtime:
         self.counts.captures += 1
         self.device = device
         inputs = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors)
-        seconds = time.perf_counter() - started
-        return Entry(captured, variants, full, shallow, records, inputs, seconds)
+        return Entry(captured, variants, programs, records, inputs, time.perf_counter() - started)
+
+    def _make_programs(self, variants: Variants, call: Call) -> Programs:
+        device = call.sample.device
+        why_not = _why_not_recorded(self.options, call)
+        called = Called(
+            full_program=compile_variant(variants.full, self.options, device),
+            shallow_program=compile_variant(variants.shallow, self.options, device),
+            num_outputs=variants.num_outputs,
+            why_not_recorded=why_not or "off",
+        )
+        if why_not is not None:
+            return called
+        recorder = self._recorders.get(device)
+        if recorder is None:
+            recorder = self._recorders[device] = RECORDERS[device.type](device)
+        weights = {"full": variants.full, "shallow": variants.shallow}
+        return Recorded(
+            called,
+            recorder,
+            {name: (*graph.parameters(), *graph.buffers()) for name, graph in weights.items()},
+            variants.cache,
+            device,
+        )
 
     def report(self) -> Report:
         """The totals so far, and the last run of the calling thread."""
@@ -266,7 +297,8 @@ class Runtime:
                 cache_bytes=entry.variants.cache_bytes,
                 capture_seconds=entry.seconds,
                 passes=entry.passes,
-                first_call_seconds=dict(entry.first_call_seconds),
+                first_call_seconds=dict(entry.programs.first_call_seconds),
+                cuda_graphs=entry.programs.cuda_graphs(),
             )
             for entry in tuple(self._entries.values())
         )
@@ -313,6 +345,19 @@ def apply_passes(captured: Captured, options: Options) -> tuple[Captured, tuple[
     except PassError as error:
         raise DeepCacheError(str(error)) from error
     return captured.with_graph(graph), records
+
+
+def _why_not_recorded(options: Options, call: Call) -> str | None:
+    """Why a call's programs are not to be recorded as CUDA graphs, or None."""
+    device = call.sample.device
+    if options.cuda_graphs is False:
+        return "off: cuda_graphs=False"
+    if device.type not in RECORDERS:
+        return f"off: the model runs on {device}"
+    if options.cuda_graphs == "auto" and pick_backend(options, device) == "eager":
+        return "off: the backend is eager (cuda_graphs=True records it all the same)"
+    elsewhere = [t.device for t in call.tensors if t.device != device]
+    return f"off: an input lies on {elsewhere[0]}, the sample on {device}" if elsewhere else None
 
 
 def _why_original(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:

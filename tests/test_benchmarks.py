@@ -33,6 +33,7 @@ from benchmarks.speed import expand, latent_size, numbers, run_cases, select_arm
 from benchmarks.speed import main as speed_main
 from benchmarks.store import ResultsFile, read_results
 from benchmarks.subjects import KINDS, Subject
+from benchmarks.targets import TARGETS, targets_table
 from deepcache_fx.presets import PRESETS, Preset
 
 CASE = Case("tiny", 8, 8, 1, "fp32", "cpu", 4, 1, 0, "eager")
@@ -84,7 +85,8 @@ def test_every_arm_has_a_row_with_numbers_or_a_reason(
     _, rows = measured
     assert set(rows) == set(arms)
     absent = {name: row.reason for name, row in rows.items() if row.status == "absent"}
-    assert absent.pop("ours-cuda-graphs") == "CUDA graphs need a CUDA device"
+    for name in ("ours-cuda-graphs", "ours-eager-cuda-graphs"):
+        assert absent.pop(name) == "CUDA graphs need a CUDA device"
     assert absent in ({}, {"pruna": "pruna is not installed"})
     for name, row in rows.items():
         if row.status != "absent":
@@ -521,6 +523,22 @@ def test_categories_come_from_kernel_names() -> None:
         "void mystery()": "other",
     }
     assert {name: category(name) for name in names} == names
+
+
+def test_targets_are_met_missed_or_not_measured_by_the_rows_alone() -> None:
+    def row(arm: str, interval: int, loop: float) -> Result:
+        found = Measured(1, "FssFss", loop=quantiles(loop), eager_loop=quantiles(6.0))
+        own = case(arm, interval, model="sd15")
+        return Result(own, "measured", "", found, None, derive(own, found, None), FACTS)
+
+    rows = [row("eager", 1, 6.0), row("helper", 2, 2.0), row("ours-eager", 3, 2.0), row("ours-eager", 2, 2.5)]
+    lines = targets_table([rows]).splitlines()[2:]
+    assert len(lines) == len(TARGETS)
+    on_cpu = [line for line in lines if line.startswith("| cpu | sd15 |")]
+    assert on_cpu[0].endswith("| loop over eager | >= 2.3 | 3 | met |")
+    assert on_cpu[1].endswith("| loop over DeepCacheSDHelper | >= 1 | 0.8 | **missed** |")
+    assert on_cpu[2].endswith("| >= 1 |  | not measured |")
+    assert all(line.endswith("|  | not measured |") for line in lines if line.startswith("| cuda |"))
 
 
 def test_a_readme_without_markers_is_left_alone() -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepcache_fx
 from deepcache_fx import DeepCacheError, Power, Report, ScheduleError, Steps
+from tests import small
 from tests.compvis import CompVisUNet, denoise
 
 TIMESTEPS = torch.arange(950, -1, -50)
@@ -47,6 +49,46 @@ def test_caching_changes_the_result_a_little(unet: CompVisUNet) -> None:
     expected = denoise(unet, TIMESTEPS)
     actual = denoise(deepcache_fx.optimize(unet, interval=3, backend="eager"), TIMESTEPS)
     assert 0 < (actual - expected).norm() / expected.norm() < 0.1
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts values read out of tensors: on a device, each waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_value_is_read_from_the_timesteps_of_a_loop(unet: CompVisUNet) -> None:
+    deepcache_fx.optimize(unet, backend="eager")
+    with ScalarReads() as reads:
+        denoise(unet, TIMESTEPS)
+    assert reads.count == 0
+    assert report(unet).shallow_calls == 13
+    with ScalarReads() as reads, torch.no_grad():  # a timestep of its own memory has to be read: this can fail
+        unet(INPUTS["x"], torch.tensor([1, 2]), INPUTS["context"])
+    assert reads.count == 1
+
+
+def test_no_value_is_read_in_the_unet_calls_of_a_pipeline() -> None:
+    pipe = small.pipeline()
+    deepcache_fx.optimize(pipe, backend="eager")
+    forward, reads = type(pipe.unet).forward, []
+
+    def counting(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with ScalarReads() as mode:
+            result = forward(self, *args, **kwargs)
+        reads.append(mode.count)
+        return result
+
+    type(pipe.unet).forward = counting  # of the one instance: optimize gave it a class of its own
+    pipe("a", num_inference_steps=4, output_type="latent", **small.SIZE)
+    assert reads[1:] == [0] * 3  # the first call captures
+    assert report(pipe.unet).last_run == "FssF"
 
 
 @pytest.mark.parametrize("stop", range(1, 8))

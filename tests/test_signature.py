@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from deepcache_fx.signature import CallReader, UnsupportedInput
@@ -102,3 +105,44 @@ def test_what_cannot_be_compared_is_refused_by_name() -> None:
 def test_arguments_that_do_not_fit_are_a_type_error_as_ever() -> None:
     with pytest.raises(TypeError, match="missing a required argument: 'timestep'"):
         key(X)
+
+
+NAMES = ("sample", "timestep", "states", "extra", "scale", "unknown")
+
+
+def bind(function: Any, *call: Any) -> tuple[inspect.BoundArguments | None, str]:
+    model, args, kwargs = call
+    try:
+        return inspect.signature(function).bind(model, *args, **kwargs), ""
+    except TypeError as error:
+        return None, str(error)
+
+
+@given(st.integers(0, 7), st.sets(st.sampled_from(NAMES)))
+def test_the_quick_way_to_bind_arguments_agrees_with_pythons(positional: int, keywords: set[str]) -> None:
+    class Plain(nn.Module):
+        def forward(self, sample: Any, timestep: Any, states: Any = None, extra: Any = 5, scale: float = 1.0) -> Any:
+            raise NotImplementedError
+
+    model, reader = Plain(), CallReader(Plain.forward)
+    args = (X, *range(1, positional))[:positional]
+    kwargs = {name: (X if name == "sample" else 10 + NAMES.index(name)) for name in sorted(keywords)}
+    bound, message = bind(Plain.forward, model, args, kwargs)
+    if bound is None:
+        with pytest.raises(TypeError) as caught:
+            reader.read(model, args, kwargs)
+        assert str(caught.value) == message
+        return
+    bound.apply_defaults()
+    expected = {name: value for name, value in bound.arguments.items() if name not in ("self", "timestep")}
+    actual = dict(reader.read(model, args, kwargs).arguments)
+    assert float(actual.pop("timestep")) == bound.arguments["timestep"]
+    assert list(actual) == list(expected)
+    assert all(actual[name] is expected[name] for name in expected)
+
+
+def test_a_tensor_subclass_is_another_key() -> None:
+    class Marked(torch.Tensor):
+        pass
+
+    assert key(X.as_subclass(Marked), 1) != key(X, 1)
