@@ -13,9 +13,9 @@ import torch
 import deepcache_fx
 from benchmarks.cases import Case
 from benchmarks.pipelines import Stage
-from deepcache_fx.runtime import DEFAULT_PASSES
+from deepcache_fx.runtime import default_names
 from deepcache_fx.schedule import Schedule
-from passes import pass_name
+from passes import FuseGroupNorm
 
 
 class Adjustable(Schedule):
@@ -157,8 +157,22 @@ def all_arms(backend: str = "inductor") -> dict[str, Arm]:
             one_interval=True,
             compiles=True,
         ),
+        Arm(
+            "ours-forecast",
+            "ours-cuda-graphs (on a CPU: ours-eager) with a linear forecast",
+            lambda s, n: _fastest(s, n, backend, forecast=1),
+            one_interval=True,
+        ),
+        Arm(
+            "ours-fuse-group-norm",
+            "ours-cuda-graphs with the pass FuseGroupNorm: GroupNorm and SiLU as one Triton kernel",
+            lambda s, n: _fastest(s, n, backend, passes=(FuseGroupNorm(cat=False),)),
+            _refuse_triton,
+            one_interval=True,
+            compiles=True,
+        ),
         Arm("pruna", "Pruna's deepcache and torch_compile", _pruna, _refuse_pruna, one_interval=True, compiles=True),
-        *(_without(pass_name(item), backend) for item in DEFAULT_PASSES),
+        *(_without(name, backend) for name in default_names()),
     ]
     return {arm.name: arm for arm in arms}
 
@@ -257,20 +271,24 @@ def _restore(target: Any) -> None:
     deepcache_fx.restore(target)
 
 
+def _fastest(stage: Stage, interval: int, backend: str, **options: Any) -> Prepared:
+    """The fastest way of ours for the device, with further options."""
+    return _ours(stage, interval, backend=backend if stage.subject.device.type == "cuda" else "eager", **options)
+
+
 def _without(name: str, backend: str) -> Arm:
-    """The fastest way of ours for the device, less one default pass."""
-
-    def prepare(stage: Stage, interval: int) -> Prepared:
-        if stage.subject.device.type != "cuda":
-            return _ours(stage, interval, backend="eager", disable=(name,))
-        return _ours(stage, interval, backend=backend, disable=(name,))
-
     return Arm(
         f"ours-without-{name.replace('_', '-')}",
-        f"ours-cuda-graphs (on a CPU: ours-eager) without the pass {name}",
-        prepare,
+        f"ours-cuda-graphs (on a CPU: ours-eager) without {name}",
+        lambda stage, interval: _fastest(stage, interval, backend, disable=(name,)),
         one_interval=True,
     )
+
+
+def _refuse_triton(case: Case) -> str | None:
+    if torch.device(case.device).type != "cuda":
+        return "Triton kernels need a CUDA device"
+    return "triton is not installed" if importlib.util.find_spec("triton") is None else None
 
 
 def _refuse_cuda_graphs(case: Case) -> str | None:

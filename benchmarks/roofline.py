@@ -16,7 +16,8 @@ from benchmarks.subjects import DTYPES, Subject
 from deepcache_fx.capture import capture
 from deepcache_fx.macs import node_macs
 from deepcache_fx.signature import CallReader
-from deepcache_fx.split import find_skip_connections, pick_branch, split
+from deepcache_fx.skips import find_skip_connections, pick_branch
+from deepcache_fx.split import split
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def count_work(subject: Subject, branch: int, rates: Rates) -> Work:
     captured = capture(unet, reader.read(unet, (), subject.example_call()), reader)
     connection = pick_branch(find_skip_connections(captured.graph.graph), branch, type(unet).__name__)
     variants = split(captured, connection)
-    full, shallow = (contractions(_with_values(graph)) for graph in (variants.full, variants.shallow))
+    full, shallow = (contractions(_with_values(graph)) for graph in (variants.full.step, variants.shallow.step))
     return Work(
         macs_full=sum(item.macs for item in full),
         macs_shallow=sum(item.macs for item in shallow),

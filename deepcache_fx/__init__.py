@@ -5,6 +5,7 @@ from deepcache_fx.api import optimized as optimized
 from deepcache_fx.api import report as report
 from deepcache_fx.api import reset as reset
 from deepcache_fx.api import restore as restore
+from deepcache_fx.draw import draw as draw
 from deepcache_fx.errors import BranchError as BranchError
 from deepcache_fx.errors import CaptureError as CaptureError
 from deepcache_fx.errors import CompileError as CompileError
@@ -19,5 +20,6 @@ from deepcache_fx.schedule import Power as Power
 from deepcache_fx.schedule import Schedule as Schedule
 from deepcache_fx.schedule import Steps as Steps
 from deepcache_fx.schedule import Uniform as Uniform
+from deepcache_fx.schedule import Window as Window
 
 __version__ = "0.1.0"

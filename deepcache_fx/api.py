@@ -12,7 +12,7 @@ from deepcache_fx.attach import SchedulerWatch, attach, check_attachable, detach
 from deepcache_fx.config import Branch, Options
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.report import Report
-from deepcache_fx.runtime import Runtime, default_passes
+from deepcache_fx.runtime import Runtime, check_disabled
 from deepcache_fx.signature import ExampleInputs, UnsupportedInput
 
 T = TypeVar("T")
@@ -30,6 +30,7 @@ def optimize(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     cuda_graphs: bool | Literal["auto"] = "auto",
+    forecast: int = 0,
     max_captures: int = 8,
     example_inputs: ExampleInputs | None = None,
 ) -> T:
@@ -53,6 +54,8 @@ def optimize(
         options: Passed to torch.compile.
         cuda_graphs: Record both variants as CUDA graphs. "auto" does so on CUDA, except for the eager backend. Where a
             variant cannot be recorded it is called, and `report` says why.
+        forecast: Degree of the polynomial through the last refreshes that a shallow step takes the cached feature from:
+            0 repeats the last one (published DeepCache), 1 is linear, 2 quadratic. Keeps that many more refreshes.
         max_captures: How many signatures are kept; the least recently used goes first.
         example_inputs: Arguments of a UNet call, by name or position: capture now instead of at the first call.
 
@@ -80,11 +83,12 @@ def optimize(
         mode=mode,
         options=options,
         cuda_graphs=cuda_graphs,
+        forecast=forecast,
         max_captures=max_captures,
     )
     module, pipeline = _resolve(target)
     check_attachable(module)
-    default_passes(wanted)  # refuses unknown names
+    check_disabled(wanted)
     before = runtime_of(module)
     unchanged = before if before is not None and before.options == wanted else None
     runtime = unchanged or _replace(module, before, wanted)

@@ -25,7 +25,12 @@ class Options:
     mode: str | None = None
     options: Mapping[str, Any] | None = None
     cuda_graphs: bool | Literal["auto"] = "auto"
+    forecast: int = 0
     max_captures: int = 8
+
+    def uses(self, name: str) -> bool:
+        """False where `disable` leaves out the default pass, or the rate, of this name."""
+        return "all" not in self.disable and name not in self.disable
 
     def same_programs(self, other: Options) -> bool:
         """True where the other options need the same captured and compiled programs: only the schedule differs."""
@@ -43,6 +48,7 @@ class Options:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
         cuda_graphs: bool | Literal["auto"] = "auto",
+        forecast: int = 0,
         max_captures: int = 8,
     ) -> Options:
         """Validate the keyword arguments of `optimize`.
@@ -56,6 +62,8 @@ class Options:
             raise OptionError(f"backend must be a name or a torch.compile backend function, got {backend!r}")
         if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
             raise OptionError(f'cuda_graphs must be "auto", True or False, got {cuda_graphs!r}')
+        if isinstance(forecast, bool) or forecast not in (0, 1, 2):
+            raise OptionError(f"forecast must be 0 (repeat the cached feature), 1 or 2, got {forecast!r}")
         if isinstance(max_captures, bool) or not isinstance(max_captures, int) or max_captures < 1:
             raise OptionError(f"max_captures must be an integer of at least 1, got {max_captures!r}")
         for item in passes:
@@ -70,6 +78,7 @@ class Options:
             mode=mode,
             options=options,
             cuda_graphs=cuda_graphs,
+            forecast=forecast,
             max_captures=max_captures,
         )
 

@@ -1,10 +1,10 @@
 """Record the two programs of a signature as CUDA graphs, by hand: a step is then a few copies and one launch.
 
-    inputs --copy--> input buffers --[full graph]-----> outputs --clone--> caller
-                                        |
-                                   cache buffers
-                                        |
-    inputs --copy--> input buffers --[shallow graph]--> outputs --clone--> caller
+    inputs, prompt values --copy--> buffers --[full graph]-----> outputs --clone--> caller
+                                                 |
+                                            cache buffers
+                                                 |
+    inputs, prompt values --copy--> buffers --[shallow graph]--> outputs --clone--> caller
 
 The contract:
 
@@ -28,12 +28,14 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 
 from deepcache_fx.capture import CAPTURE_LOCK
-from deepcache_fx.programs import Called, DeepFeature
+from deepcache_fx.forecast import coefficients
+from deepcache_fx.programs import Called, DeepFeature, Values
 
 Run = Callable[[], Sequence[Any]]
 
@@ -153,6 +155,23 @@ class _Input:
         return tensor
 
 
+class _Prompt:
+    """The buffers of a variant's prompt values, and the values last copied into them."""
+
+    def __init__(self, like: Values) -> None:
+        self._inputs = tuple(map(_Input, like))
+        self._values: Values | None = None
+
+    def fill(self, values: Values) -> None:
+        if values is not self._values:  # nobody changes a prompt value in place
+            for item, value in zip(self._inputs, values, strict=True):
+                item.fill(value)
+            self._values = values
+
+    def buffers(self) -> list[torch.Tensor]:
+        return _buffers(self._inputs)
+
+
 @dataclass(frozen=True)
 class _Graph:
     recording: Recording
@@ -186,7 +205,12 @@ class Recorded:
         self._runs: dict[str, Run] = {"full": self._run_full, "shallow": self._run_shallow}
         self._graphs: dict[str, _Graph] = {}
         self._inputs: tuple[_Input, ...] = ()
-        self._cache: tuple[torch.Tensor, ...] = ()
+        self._prompts: dict[str, _Prompt] = {}
+        self._forecast: Values = ()
+        """Of the refreshes, where the shallow step forecasts."""
+        self._weighed: tuple[float, ...] = ()
+        self._cache: tuple[Values, ...] = ()
+        """Newest first, as many as a shallow step reads."""
         self._resident: Callable[[], DeepFeature | None] = _nobody
         self._failure: str | None = None
         self._moves = 0
@@ -195,31 +219,38 @@ class Recorded:
     def first_call_seconds(self) -> dict[str, float]:
         return self._called.first_call_seconds
 
-    def full(self, tensors: Sequence[torch.Tensor]) -> tuple[Sequence[Any], DeepFeature]:
+    def full(
+        self, step: int, tensors: Sequence[torch.Tensor], prompt: Values = (), before: DeepFeature | None = None
+    ) -> tuple[Sequence[Any], DeepFeature]:
+        order = self._called.order
+        before = before if order else None
         with self._recorder.lock:
-            if not self._begin(tensors):
-                return self._called.full(tensors)
-            self._move_out()
-            recording = self._recording("full")
+            recording = self._recording("full") if self._begin("full", tensors, prompt) else None
             if recording is None:
-                return self._called.full(tensors)
+                self._give_memory(before)
+                return self._called.full(step, tensors, prompt, before)
+            if before is None:
+                self._move_out()
+            else:
+                self._move_in(before)
             recording.replay()
-            feature = DeepFeature()
+            if before is None:
+                for older in self._cache[1:]:  # else they would hold another feature's values: zero times NaN is NaN
+                    _copy(self._cache[0], older)
+            feature = DeepFeature((step, *(before.steps if before is not None else ()))[: order + 1], None)
             self._resident = weakref.ref(feature)
             return _cloned(recording.outputs), feature
 
-    def shallow(self, tensors: Sequence[torch.Tensor], feature: DeepFeature) -> Sequence[Any]:
+    def shallow(
+        self, step: int, tensors: Sequence[torch.Tensor], feature: DeepFeature, prompt: Values = ()
+    ) -> Sequence[Any]:
         with self._recorder.lock:
-            recording = self._recording("shallow") if self._begin(tensors) else None
+            recording = self._recording("shallow") if self._begin("shallow", tensors, prompt) else None
             if recording is None:
-                if feature.values is None:
-                    self._move_out()
-                for value in feature.values or ():
-                    self._recorder.keep(value)
-                return self._called.shallow(tensors, feature)
-            if feature.values is not None:
-                self._move_in(feature)
-            assert self._resident() is feature
+                self._give_memory(feature)
+                return self._called.shallow(step, tensors, feature, prompt)
+            self._move_in(feature)
+            self._weigh(step, feature)
             recording.replay()
             return _cloned(recording.outputs)
 
@@ -237,37 +268,52 @@ class Recorded:
     # Recording.
 
     def _run_full(self) -> Sequence[Any]:
-        leaves = self._called.full_program(*(item.tensor for item in self._inputs))
-        for buffer, value in zip(self._cache, leaves[self._called.num_outputs :], strict=True):
-            buffer.copy_(value)
+        leaves = self._called.full_program(*_buffers(self._inputs), *self._prompts["full"].buffers())
+        for newer, older in reversed(list(pairwise(self._cache))):
+            _copy(newer, older)
+        _copy(leaves[self._called.num_outputs :], self._cache[0])
         return leaves[: self._called.num_outputs]
 
     def _run_shallow(self) -> Sequence[Any]:
-        return self._called.shallow_program(*(item.tensor for item in self._inputs), *self._cache)
+        cached = [buffer for buffers in self._cache for buffer in buffers]
+        prompt = self._prompts["shallow"].buffers()
+        return self._called.shallow_program(*_buffers(self._inputs), *cached, *self._forecast, *prompt)
 
-    def _begin(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Fill the input buffers. False where the programs have to be called."""
+    def _begin(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> bool:
+        """Fill the buffers of a variant's inputs. False where the programs have to be called."""
         if self._failure is not None or not self._recorder.usable():
             return False
         self._recorder.begin()
-        if self._inputs:
+        known = self._prompts.get(name)
+        if known is None:
+            try:
+                self._make_buffers(name, tensors, prompt)
+            except RuntimeError as error:  # out of memory, or an input that overlaps itself
+                self._failure = f"buffers: {_first_line(error)}"
+                return False
+        else:
             for item, tensor in zip(self._inputs, tensors, strict=True):
                 item.fill(tensor)
-            return True
-        try:
-            with torch.inference_mode(False):  # else no later call outside of it could write them
-                inputs = tuple(map(_Input, tensors))
-                self._cache = tuple(
+            known.fill(prompt)
+        return True
+
+    def _make_buffers(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> None:
+        with torch.inference_mode(False):  # else no later call outside of it could write them
+            self._inputs = self._inputs or tuple(map(_Input, tensors))
+            if self._called.order and not self._forecast:
+                self._forecast = (torch.zeros(self._called.order + 1, device=self._device),)
+            self._cache = self._cache or tuple(
+                tuple(
                     torch.empty_strided(c.shape, c.stride(), dtype=c.dtype, device=self._device)
                     for c in self._cache_like
                 )
-            for item, tensor in zip(inputs, tensors, strict=True):
-                item.fill(tensor)
-        except RuntimeError as error:  # out of memory, or an input that overlaps itself
-            self._failure = f"buffers: {_first_line(error)}"
-            return False
-        self._inputs = inputs
-        return True
+                for _ in range(self._called.order + 1)
+            )
+            values = _Prompt(prompt)
+        for item, tensor in zip(self._inputs, tensors, strict=True):
+            item.fill(tensor)
+        values.fill(prompt)
+        self._prompts[name] = values
 
     def _recording(self, name: str) -> Recording | None:
         """The recording of a variant; None where it cannot be recorded."""
@@ -278,6 +324,8 @@ class Recorded:
                 return graph.recording
             self._moves += 1
             self._drop(name)
+        if name == "full":
+            self._move_out()  # running the program writes the cache buffers
         try:
             with CAPTURE_LOCK:  # the warm-up compiles
                 started = time.perf_counter()
@@ -286,10 +334,22 @@ class Recorded:
         except RecordingError as error:
             self._failure = f"{name} step: {error}"
             self._inputs = ()
+            self._forecast = ()
+            self._weighed = ()
+            self._prompts.clear()
             self.release()
             return None
         self._graphs[name] = _Graph(recording, addresses)
         return recording
+
+    def _weigh(self, step: int, feature: DeepFeature) -> None:
+        """Set the weights of the refreshes, by launches that nothing waits for."""
+        for weights in self._forecast:
+            values = coefficients(step, feature.steps, self._called.order)
+            if values != self._weighed:
+                for index, value in enumerate(values):
+                    weights[index].fill_(value)
+                self._weighed = values
 
     def _drop(self, name: str) -> None:
         self._recorder.finish()
@@ -301,21 +361,43 @@ class Recorded:
         """Give the deep feature in the buffers, if it is still wanted, memory of its own."""
         resident = self._resident()
         if resident is not None:
-            resident.values = tuple(buffer.clone() for buffer in self._cache)
+            resident.values = tuple(tuple(buffer.clone() for buffer in buffers) for buffers in self._cache)
         self._resident = _nobody
 
     def _move_in(self, feature: DeepFeature) -> None:
-        assert feature.values is not None
-        self._move_out()
-        for buffer, value in zip(self._cache, feature.values, strict=True):
-            buffer.copy_(value)
-            self._recorder.keep(value)
-        feature.values = None
-        self._resident = weakref.ref(feature)
+        """Let the buffers hold a deep feature, if they do not yet."""
+        if feature.values is not None:
+            self._move_out()
+            for buffers, values in zip(self._cache, feature.values, strict=True):
+                _copy(values, buffers)
+                for value in values:
+                    self._recorder.keep(value)
+            feature.values = None
+            self._resident = weakref.ref(feature)
+        assert self._resident() is feature
+
+    def _give_memory(self, feature: DeepFeature | None) -> None:
+        """Let a deep feature have memory of its own, fit to be read on the current stream."""
+        if feature is None:
+            return
+        if feature.values is None:
+            self._move_out()
+        for values in feature.values or ():
+            for value in values:
+                self._recorder.keep(value)
 
 
 def _nobody() -> None:
     return None
+
+
+def _buffers(inputs: Iterable[_Input]) -> list[torch.Tensor]:
+    return [item.tensor for item in inputs]
+
+
+def _copy(sources: Iterable[torch.Tensor], targets: Iterable[torch.Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
 
 
 def _cloned(outputs: Sequence[Any]) -> list[Any]:

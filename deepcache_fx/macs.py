@@ -44,9 +44,13 @@ def _shape(argument: object) -> torch.Size:
     return shape
 
 
-def _product(node: fx.Node, macs: int) -> Macs:
-    """Of a matrix product: a layer's where an operand is a parameter, reshaped or transposed at most."""
-    for operand in node.all_input_nodes:
+def _product(node: fx.Node, macs: int, first: int = 0) -> Macs:
+    """Of a matrix product: a layer's where a factor is a parameter, reshaped or transposed at most.
+
+    The factors are the arguments from `first` on.
+    """
+    for operand in node.args[first : first + 2] if first else node.all_input_nodes:
+        assert isinstance(operand, fx.Node)
         while operand.op == "call_function" and len(operand.all_input_nodes) == 1:
             operand = operand.all_input_nodes[0]
         if operand.op == "get_attr":
@@ -72,7 +76,7 @@ def node_macs(node: fx.Node) -> Macs:
     if packet in (aten.matmul, aten.mm, aten.bmm):
         return _product(node, node.meta["val"].numel() * _shape(node.args[0])[-1])
     if packet in (aten.addmm, aten.baddbmm):
-        return _product(node, node.meta["val"].numel() * _shape(node.args[1])[-1])
+        return _product(node, node.meta["val"].numel() * _shape(node.args[1])[-1], first=1)
     if packet in (aten.einsum, aten.tensordot, aten.inner):  # an export keeps them whole; they run as matrix products
         tensors = fx.map_arg(node.args, lambda argument: torch.empty(_shape(argument), device="meta"))
         with FlopCounterMode(display=False) as counter:

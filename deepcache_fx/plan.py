@@ -17,7 +17,8 @@ from deepcache_fx.example_inputs import example_inputs as make_example_inputs
 from deepcache_fx.macs import Macs, total_macs
 from deepcache_fx.runtime import apply_passes
 from deepcache_fx.signature import CallReader, ExampleInputs
-from deepcache_fx.split import SkipConnection, find_skip_connections
+from deepcache_fx.skips import SkipConnection, find_skip_connections
+from deepcache_fx.split import Cost, plain_cost, refresh_costs
 from passes.match import ancestors
 
 
@@ -34,7 +35,10 @@ class BranchPlan:
     shallow: Macs
     """Of one call, for the whole batch."""
     cache_bytes: int
-    """Kept from step to step, once for each UNet call of a step."""
+    """Kept from step to step, once for each UNet call of a step. As published: the deep feature itself is kept."""
+    hoisted: Macs
+    hoisted_cache_bytes: int
+    """The same as `optimize` does it: what depends on the deep feature alone is computed by full steps and kept."""
 
     @property
     def share(self) -> float:
@@ -75,6 +79,8 @@ class Plan:
                 "shallow_macs_without_attention": branch.shallow.dense,
                 "share": branch.share,
                 "cache_bytes": branch.cache_bytes,
+                "hoisted_shallow_macs": branch.hoisted.total,
+                "hoisted_cache_bytes": branch.hoisted_cache_bytes,
                 "speedup_bound": {str(interval): branch.speedup(interval) for interval in self.intervals},
             }
             for branch in self.branches
@@ -94,7 +100,7 @@ class Plan:
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headings and rows for a reader."""
-        heads = ("branch", "block / layer", "full GMAC", "shallow GMAC", "share", "cache MiB")
+        heads = ("branch", "block", "full", "shallow", "share", "MiB", "hoisted", "MiB")
         rows = [
             (
                 str(branch.index),
@@ -103,6 +109,8 @@ class Plan:
                 giga(branch.shallow.total),
                 f"{branch.share:.1%}",
                 f"{branch.cache_bytes / 2**20:.2f}",
+                giga(branch.hoisted.total),
+                f"{branch.hoisted_cache_bytes / 2**20:.2f}",
                 *(f"{branch.speedup(interval):.2f}" for interval in self.intervals),
             )
             for branch in self.branches
@@ -114,7 +122,9 @@ class Plan:
         """What the table leaves open: what N= means, and the counts without the products inside attention."""
         shallow = ", ".join(giga(branch.shallow.dense) for branch in self.branches)
         return (
-            "N=: the most that a 1:N schedule speeds up the UNet, were time proportional to MACs\n"
+            "GMAC of one call; MiB of cache; block: up block/layer in it, as published\n"
+            "hoisted: what depends on the cached feature alone is moved into full steps, as optimize does by default\n"
+            "N=: the most that a 1:N schedule speeds up the UNet, were time proportional to MACs, without hoisting\n"
             f"without attention products: full {giga(self.full.dense)} GMAC; shallow, by branch: {shallow}"
         )
 
@@ -170,18 +180,30 @@ def plan(
     captured, _ = apply_passes(capture(unet, call, reader, model_class), Options())
     graph = captured.graph.graph
     full = total_macs(ancestors([graph.output_node()]))
-    branches = tuple(_branch_plan(graph, branch, full) for branch in find_skip_connections(graph))
+    found = find_skip_connections(graph)
+    branches = tuple(
+        _branch_plan(graph, branch, full, hoisted)
+        for branch, hoisted in zip(found, refresh_costs(captured, found), strict=True)
+    )
     if not branches:
         raise BranchError(f"{model_class.__name__} has no skip connection: DeepCache needs a U-Net")
     shapes = ", ".join(_shapes(call.arguments))
     return Plan(model_class.__name__, shapes, str(call.sample.dtype).split(".")[-1], full, branches, intervals)
 
 
-def _branch_plan(graph: fx.Graph, branch: SkipConnection, full: Macs) -> BranchPlan:
+def _branch_plan(graph: fx.Graph, branch: SkipConnection, full: Macs, hoisted: Cost) -> BranchPlan:
     # Counted on the one graph: splitting a copy of it for every branch gives the same and takes minutes for SDXL.
-    value = branch.deep.meta["val"]
-    shallow = total_macs(ancestors([graph.output_node()], given=[branch.deep]))
-    return BranchPlan(branch.index, branch.block, branch.layer, full, shallow, value.numel() * value.element_size())
+    plain = plain_cost(graph, branch.deep)
+    return BranchPlan(
+        index=branch.index,
+        block=branch.block,
+        layer=branch.layer,
+        full=full,
+        shallow=plain.macs,
+        cache_bytes=plain.cache_bytes,
+        hoisted=hoisted.macs,
+        hoisted_cache_bytes=hoisted.cache_bytes,
+    )
 
 
 def _shapes(arguments: Mapping[str, Any], prefix: str = "") -> list[str]:

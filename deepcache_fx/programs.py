@@ -1,4 +1,4 @@
-"""The two programs of one signature, and the deep feature that one leaves for the other."""
+"""The programs of one signature: what runs once per prompt, a full step, a shallow step, and what passes between."""
 
 from __future__ import annotations
 
@@ -11,18 +11,72 @@ import torch
 
 from deepcache_fx.capture import CAPTURE_LOCK
 from deepcache_fx.compile import Program
+from deepcache_fx.forecast import coefficients, weights_on
+
+Values = tuple[torch.Tensor, ...]
 
 
 class DeepFeature:
-    """The cached values of one UNet call.
+    """The cached values of one UNet call at its last refreshes.
 
-    `values` is None while they live in static buffers that several calls share (see `cuda_graphs.Recorded`).
+    `steps` are those of the refreshes, newest first. `values` are as many tuples, again with the oldest repeated to
+    make up the number that a forecast reads; None while they live in static buffers that several calls share (see
+    `cuda_graphs.Recorded`).
     """
 
-    __slots__ = ("__weakref__", "values")
+    __slots__ = ("__weakref__", "steps", "values")
 
-    def __init__(self, values: tuple[torch.Tensor, ...] | None = None) -> None:
+    def __init__(self, steps: tuple[int, ...], values: tuple[Values, ...] | None) -> None:
+        self.steps = steps
         self.values = values
+
+
+Stamps = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class PromptValues:
+    """What a prompt stage computed, and from what."""
+
+    stage: PromptStage
+    sources: Values
+    stamps: Stamps
+    values: Values
+
+
+@dataclass(frozen=True)
+class PromptStage:
+    """Computes what a variant's steps need of the prompt, once for as long as the prompt stays.
+
+    The prompt stays where every input is the same tensor, in the same memory, unchanged in place. Of the weights,
+    changes in place are seen too, but for those through `parameter.data`, which PyTorch does not count: the runtime
+    forgets prompt values at the start of every run.
+    """
+
+    program: Program
+    inputs: tuple[int, ...]
+    weights: Values
+
+    def __call__(self, tensors: Sequence[torch.Tensor], known: PromptValues | None) -> PromptValues:
+        """The values for these inputs of the step: the known ones, where they still hold."""
+        sources = tuple([tensors[index] for index in self.inputs])
+        stamps = self._stamps(sources)
+        if (
+            known is not None
+            and known.stage is self
+            and stamps is not None
+            and known.stamps == stamps
+            and all(new is old for new, old in zip(sources, known.sources, strict=True))
+        ):
+            return known
+        return PromptValues(self, sources, stamps or (), tuple(self.program(*sources)))
+
+    def _stamps(self, sources: Values) -> Stamps | None:
+        """None where changes are not counted: such inputs are taken to be new at every step."""
+        if any(source.is_inference() for source in sources):
+            return None
+        counted = [w for w in self.weights if not w.is_inference()]
+        return tuple([(t._version, t.data_ptr()) for t in (*sources, *counted)])
 
 
 class Programs(Protocol):
@@ -32,10 +86,17 @@ class Programs(Protocol):
     def first_call_seconds(self) -> dict[str, float]:
         """Per variant, the duration of its first call: compilation, recording and one step."""
 
-    def full(self, tensors: Sequence[torch.Tensor]) -> tuple[Sequence[Any], DeepFeature]:
-        """A full step: the outputs, and the deep feature for the shallow steps to come."""
+    def full(
+        self, step: int, tensors: Sequence[torch.Tensor], prompt: Values = (), before: DeepFeature | None = None
+    ) -> tuple[Sequence[Any], DeepFeature]:
+        """A full step: the outputs, and the deep feature for the shallow steps to come.
 
-    def shallow(self, tensors: Sequence[torch.Tensor], feature: DeepFeature) -> Sequence[Any]:
+        `before` is this call's deep feature so far, for a forecast; it must not be used again.
+        """
+
+    def shallow(
+        self, step: int, tensors: Sequence[torch.Tensor], feature: DeepFeature, prompt: Values = ()
+    ) -> Sequence[Any]:
         """A shallow step upon a deep feature of an earlier full step of these same programs."""
 
     def cuda_graphs(self) -> str:
@@ -52,16 +113,33 @@ class Called:
     full_program: Program
     shallow_program: Program
     num_outputs: int
+    order: int = 0
+    """Of the forecast."""
     why_not_recorded: str = "off"
     first_call_seconds: dict[str, float] = field(default_factory=dict)
 
-    def full(self, tensors: Sequence[torch.Tensor]) -> tuple[Sequence[Any], DeepFeature]:
-        leaves = self._call("full", self.full_program, tensors)
-        return leaves[: self.num_outputs], DeepFeature(tuple(leaves[self.num_outputs :]))
+    def full(
+        self, step: int, tensors: Sequence[torch.Tensor], prompt: Values = (), before: DeepFeature | None = None
+    ) -> tuple[Sequence[Any], DeepFeature]:
+        leaves = self._call("full", self.full_program, (*tensors, *prompt))
+        new = tuple(leaves[self.num_outputs :])
+        older: tuple[Values, ...] = (new,)
+        steps: tuple[int, ...] = (step,)
+        if before is not None and self.order:
+            assert before.values is not None, "this deep feature lives in other programs' buffers"
+            older, steps = before.values, (step, *before.steps)
+        return leaves[: self.num_outputs], DeepFeature(
+            steps[: self.order + 1], (new, *older, *[older[-1]] * self.order)[: self.order + 1]
+        )
 
-    def shallow(self, tensors: Sequence[torch.Tensor], feature: DeepFeature) -> Sequence[Any]:
+    def shallow(
+        self, step: int, tensors: Sequence[torch.Tensor], feature: DeepFeature, prompt: Values = ()
+    ) -> Sequence[Any]:
         assert feature.values is not None, "this deep feature lives in other programs' buffers"
-        return self._call("shallow", self.shallow_program, (*tensors, *feature.values))
+        cached = [value for values in feature.values for value in values]
+        if self.order:
+            cached.append(weights_on(cached[0].device, coefficients(step, feature.steps, self.order)))
+        return self._call("shallow", self.shallow_program, (*tensors, *cached, *prompt))
 
     def _call(self, name: str, program: Program, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
         if name in self.first_call_seconds:

@@ -19,7 +19,12 @@ class CaptureReport:
     layer: int
     full_macs: int
     shallow_macs: int
+    prompt_macs: int
+    """Computed once per prompt, for both."""
     cache_bytes: int
+    plain_shallow_macs: int
+    plain_cache_bytes: int
+    """What the shallow step would compute and read, were the deep feature cached as it is."""
     capture_seconds: float
     """Capture, passes and split; compilation happens at the first calls."""
     passes: tuple[PassRecord, ...]
@@ -94,6 +99,12 @@ class Report:
                 f"(block {item.block}, layer {item.layer}), {item.full_macs / 1e9:.3g} -> "
                 f"{item.shallow_macs / 1e9:.3g} GMAC ({share:.1%}), cache {item.cache_bytes / 2**20:.2f} MiB"
             )
+            if (item.shallow_macs, item.cache_bytes) != (item.plain_shallow_macs, item.plain_cache_bytes):
+                lines.append(
+                    f"    by rate: shallow {item.plain_shallow_macs / 1e9:.3g} -> {item.shallow_macs / 1e9:.3g} GMAC, "
+                    f"cache {item.plain_cache_bytes / 2**20:.2f} -> {item.cache_bytes / 2**20:.2f} MiB, "
+                    f"{item.prompt_macs / 1e9:.3g} GMAC once per prompt"
+                )
             lines += [f"    {record}" for record in item.passes]
             for name, seconds in item.first_call_seconds.items():
                 lines.append(f"    first {name} call: {seconds:.2f} s")

@@ -19,18 +19,30 @@ from deepcache_fx.config import Options
 from deepcache_fx.cuda_graphs import RECORDERS, Recorded, Recorder
 from deepcache_fx.errors import DeepCacheError, ScheduleError
 from deepcache_fx.fingerprint import fingerprint
-from deepcache_fx.programs import Called, DeepFeature, Programs
+from deepcache_fx.programs import Called, DeepFeature, Programs, PromptStage, PromptValues, Values
 from deepcache_fx.report import CaptureReport, Counts, Report
 from deepcache_fx.signature import Call, CallReader, UnsupportedInput
-from deepcache_fx.split import Variants, find_skip_connections, pick_branch, split
+from deepcache_fx.skips import find_skip_connections, pick_branch
+from deepcache_fx.split import RATES, Variant, Variants, split
 from deepcache_fx.steps import StepTracker, Tick, position_of, value_position
-from passes import Canonicalize, ChooseAttention, Pass, PassError, PassRecord, pass_name, run_passes
-
-DEFAULT_PASSES = (
-    Canonicalize(),
-    ChooseAttention(),  # last: what matches attention knows the plain operator
+from passes import (
+    Canonicalize,
+    ChooseAttention,
+    FoldConstants,
+    FuseLinears,
+    MergeEqual,
+    Pass,
+    PassError,
+    PassRecord,
+    pass_name,
+    run_passes,
 )
+
+DEFAULT_PASSES: tuple[Pass, ...] = (Canonicalize(), FoldConstants(), MergeEqual())
 """Exact passes, in order, applied to the captured graph before the split."""
+
+LAST_PASSES: tuple[Pass, ...] = (FuseLinears(), ChooseAttention())
+"""Those of them that run after the user's, which match the plain operators."""
 
 
 @dataclass
@@ -39,6 +51,8 @@ class Entry:
 
     captured: Captured
     variants: Variants
+    prompts: Mapping[str, PromptStage]
+    """By variant, where it has such a stage."""
     programs: Programs
     passes: tuple[PassRecord, ...]
     inputs: str
@@ -47,10 +61,11 @@ class Entry:
 
 @dataclass
 class Slot:
-    """The deep feature of one UNet call of a step, and the entry that made it."""
+    """The deep feature of one UNet call of a step, the entry that made it, and the step it was last refreshed in."""
 
     entry: Entry
     feature: DeepFeature
+    refreshed: int
 
 
 class Watch(Protocol):
@@ -69,12 +84,27 @@ class ThreadState(threading.local):
     def __init__(self) -> None:
         self.tracker = StepTracker()
         self.slots: dict[int, Slot] = {}
+        self.refreshed = 0
+        self.prompts: dict[tuple[str, int], PromptValues] = {}
         self.fingerprint: Hashable = None
         self.trace: list[str] = []
 
     def forget(self) -> None:
         self.tracker.reset()
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of what earlier steps left."""
         self.slots.clear()
+        self.prompts.clear()
+
+    def prompt(self, entry: Entry, variant: str, call: int, tensors: tuple[torch.Tensor, ...]) -> Values:
+        """What the variant's steps need of the prompt: computed now, unless this call of an earlier step has."""
+        stage = entry.prompts.get(variant)
+        if stage is None:
+            return ()
+        values = self.prompts[variant, call] = stage(tensors, self.prompts.get((variant, call)))
+        return values.values
 
 
 class Runtime:
@@ -151,7 +181,7 @@ class Runtime:
             position = value_position(call.timestep)
         tick = state.tracker.observe(position, call.timestep, call.sample)
         if tick.new_run:
-            state.slots.clear()
+            state.clear()
             state.trace = []
             settings = self._settings(module, call)
             if settings != state.fingerprint:  # else the same object: then every look-up is quick
@@ -160,7 +190,7 @@ class Runtime:
         entry = self._entry(module, call, state.fingerprint)
         slot = state.slots.get(tick.call)
         forced = tick.doubt
-        if slot is None:
+        if slot is None or slot.refreshed != state.refreshed:
             forced = forced or "no cached feature for this call of the step"
         elif slot.entry is not entry:
             forced = forced or "inputs changed shape or type within a run"
@@ -169,14 +199,18 @@ class Runtime:
             self.counts.forced[forced] += 1
         if wanted_full or slot is None or forced is not None:
             if wanted_full and tick.call == 0:
-                state.slots.clear()  # a call that is missing from this step must not find its old feature later
+                state.refreshed = tick.step  # a call that is missing from this step has no feature until the next
+            before = slot.feature if self.options.forecast and slot is not None and slot.entry is entry else None
             state.slots.pop(tick.call, None)
-            leaves, feature = entry.programs.full(call.tensors)
-            state.slots[tick.call] = Slot(entry, feature)
+            slot = None  # else the old feature would be moved out of the way of the new one
+            prompt = state.prompt(entry, "full", tick.call, call.tensors)
+            leaves, feature = entry.programs.full(tick.step, call.tensors, prompt, before)
+            state.slots[tick.call] = Slot(entry, feature, state.refreshed)
             self.counts.full += 1
             state.trace.append("F")
         else:
-            leaves = entry.programs.shallow(call.tensors, slot.feature)
+            prompt = state.prompt(entry, "shallow", tick.call, call.tensors)
+            leaves = entry.programs.shallow(tick.step, call.tensors, slot.feature, prompt)
             self.counts.shallow += 1
             state.trace.append("s")
         return entry.captured.outputs(leaves)
@@ -249,7 +283,10 @@ class Runtime:
             captured, records = apply_passes(captured, self.options)
             branches = find_skip_connections(captured.graph.graph)
             branch = pick_branch(branches, self.options.branch, self.model_class.__name__)
-            variants = split(captured, branch)
+            rates = [name for name in RATES if self.options.uses(name)]
+            variants = split(
+                captured, branch, rates=rates, prompt_inputs=call.prompt_inputs, forecast=self.options.forecast
+            )
             programs = self._make_programs(variants, call)
         except DeepCacheError:
             if not self.counts.captures:
@@ -258,15 +295,25 @@ class Runtime:
         self.counts.captures += 1
         self.device = device
         inputs = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors)
-        return Entry(captured, variants, programs, records, inputs, time.perf_counter() - started)
+        prompts = {"full": _prompt_stage(variants.full), "shallow": _prompt_stage(variants.shallow)}
+        return Entry(
+            captured,
+            variants,
+            {name: stage for name, stage in prompts.items() if stage is not None},
+            programs,
+            records,
+            inputs,
+            time.perf_counter() - started,
+        )
 
     def _make_programs(self, variants: Variants, call: Call) -> Programs:
         device = call.sample.device
         why_not = _why_not_recorded(self.options, call)
         called = Called(
-            full_program=compile_variant(variants.full, self.options, device),
-            shallow_program=compile_variant(variants.shallow, self.options, device),
+            full_program=compile_variant(variants.full.step, self.options, device),
+            shallow_program=compile_variant(variants.shallow.step, self.options, device),
             num_outputs=variants.num_outputs,
+            order=self.options.forecast,
             why_not_recorded=why_not or "off",
         )
         if why_not is not None:
@@ -274,11 +321,11 @@ class Runtime:
         recorder = self._recorders.get(device)
         if recorder is None:
             recorder = self._recorders[device] = RECORDERS[device.type](device)
-        weights = {"full": variants.full, "shallow": variants.shallow}
+        steps = {"full": variants.full.step, "shallow": variants.shallow.step}
         return Recorded(
             called,
             recorder,
-            {name: (*graph.parameters(), *graph.buffers()) for name, graph in weights.items()},
+            {name: (*graph.parameters(), *graph.buffers()) for name, graph in steps.items()},
             variants.cache,
             device,
         )
@@ -292,9 +339,12 @@ class Runtime:
                 branch=entry.variants.branch.index,
                 block=entry.variants.branch.block,
                 layer=entry.variants.branch.layer,
-                full_macs=entry.variants.full_macs.total,
-                shallow_macs=entry.variants.shallow_macs.total,
-                cache_bytes=entry.variants.cache_bytes,
+                full_macs=entry.variants.full.macs.total,
+                shallow_macs=entry.variants.shallow.macs.total,
+                prompt_macs=entry.variants.full.prompt_macs.total + entry.variants.shallow.prompt_macs.total,
+                cache_bytes=entry.variants.cost.cache_bytes,
+                plain_shallow_macs=entry.variants.plain.macs.total,
+                plain_cache_bytes=entry.variants.plain.cache_bytes,
                 capture_seconds=entry.seconds,
                 passes=entry.passes,
                 first_call_seconds=dict(entry.programs.first_call_seconds),
@@ -319,32 +369,41 @@ class Runtime:
         )
 
 
-def default_passes(options: Options) -> tuple[Pass, ...]:
-    """The default passes that are not disabled.
+def default_names() -> list[str]:
+    """What `disable` takes: the default passes and the rates."""
+    return [*map(pass_name, (*DEFAULT_PASSES, *LAST_PASSES)), *RATES]
 
-    Raises:
-        DeepCacheError: `disable` names no default pass.
-    """
-    known = [pass_name(item) for item in DEFAULT_PASSES]
+
+def check_disabled(options: Options) -> None:
+    """Raise a DeepCacheError where `disable` names neither a default pass nor a rate."""
+    known = default_names()
     unknown = set(options.disable) - {*known, "all"}
     if unknown:
         raise DeepCacheError(
             f"disable names no default pass: {', '.join(sorted(unknown))}; there are: {', '.join(known)}"
         )
-    return tuple(p for p in DEFAULT_PASSES if "all" not in options.disable and pass_name(p) not in options.disable)
 
 
 def apply_passes(captured: Captured, options: Options) -> tuple[Captured, tuple[PassRecord, ...]]:
-    """Run the default passes that are not disabled, then the user's.
+    """Run the default passes that are not disabled, and the user's among them.
 
     Raises:
         DeepCacheError: a pass failed (named), or `disable` names no default pass.
     """
+    check_disabled(options)
+    first, last = ([p for p in group if options.uses(pass_name(p))] for group in (DEFAULT_PASSES, LAST_PASSES))
     try:
-        graph, records = run_passes(captured.graph, (*default_passes(options), *options.passes))
+        graph, records = run_passes(captured.graph, (*first, *options.passes, *last))
     except PassError as error:
         raise DeepCacheError(str(error)) from error
     return captured.with_graph(graph), records
+
+
+def _prompt_stage(variant: Variant) -> PromptStage | None:
+    if variant.prompt is None:
+        return None
+    weights = (*variant.prompt.parameters(), *variant.prompt.buffers())
+    return PromptStage(variant.prompt.forward, variant.prompt_inputs, weights)
 
 
 def _why_not_recorded(options: Options, call: Call) -> str | None:

@@ -121,6 +121,49 @@ class Steps(Schedule):
 
 
 @dataclass(frozen=True)
+class Window(Schedule):
+    """Caches between two steps alone: every step before `start` is full, and every step from `end` on.
+
+    In between `inner` is counted from `start`, which is full. A negative `end` counts from the end of the run, as in a
+    slice: `Window(2, -1, Uniform(3))` makes the first two steps and the last one full.
+
+    Raises:
+        ScheduleError: `start` is negative, `end` lies before it, or a step count that is needed is unknown.
+    """
+
+    start: int = 0
+    end: int | None = None
+    inner: Schedule = Uniform(3)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.start, bool) or not isinstance(self.start, int) or self.start < 0:
+            raise ScheduleError(f"start must be a step number of at least 0, got {self.start!r}")
+        if self.end is not None and (isinstance(self.end, bool) or not isinstance(self.end, int)):
+            raise ScheduleError(f"end must be a step number, negative from the end, or None, got {self.end!r}")
+        if self.end is not None and 0 <= self.end < self.start:
+            raise ScheduleError(f"end must not lie before start, got {self.start} and {self.end}")
+        object.__setattr__(self, "inner", as_schedule(self.inner))
+
+    @property
+    def needs_num_steps(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_num_steps or (self.end is not None and self.end < 0)
+
+    def is_full(self, step: int, num_steps: int | None) -> bool:
+        end = self.end
+        if end is not None and end < 0:
+            if num_steps is None:
+                raise ScheduleError(
+                    f"{self} needs the number of denoising steps, which is unknown here: pass the pipeline instead of "
+                    "its UNet to optimize(), or count end from the start"
+                )
+            end += num_steps
+        if step <= self.start or (end is not None and step >= end):
+            return True
+        last = num_steps if end is None else end
+        return self.inner.is_full(step - self.start, None if last is None else last - self.start)
+
+
+@dataclass(frozen=True)
 class Custom(Schedule):
     """A user's function: `function(step)` or `function(step, num_steps)` returns True where the step is full."""
 

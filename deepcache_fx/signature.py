@@ -33,6 +33,9 @@ class Call:
     key: Hashable
     timestep: torch.Tensor | None
     sample: torch.Tensor
+    prompt_inputs: tuple[int, ...]
+    """Which of `tensors` are likely to stay through a run: conditioning, that is all but the sample, the timestep and
+    feature maps (a ControlNet's residuals)."""
 
 
 class CallReader:
@@ -83,7 +86,9 @@ class CallReader:
                 arguments[self.timestep_name] = _on_device(timestep, sample.device)
         tensors: list[torch.Tensor] = []
         key = tuple(_describe(value, tensors) for value in arguments.values())
-        return Call(arguments, tuple(tensors), (key, _ambient(sample.device.type)), timestep, sample)
+        given = arguments[self.timestep_name] if self.timestep_name is not None else None
+        prompt = tuple([i for i, t in enumerate(tensors) if t.ndim < 4 and t is not sample and t is not given])
+        return Call(arguments, tuple(tensors), (key, _ambient(sample.device.type)), timestep, sample, prompt)
 
     def _bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Every argument by name, in order, without self: what `inspect.Signature.bind` does, ten times as fast."""

@@ -1,193 +1,179 @@
-"""Find the skip connections of a captured UNet and split it at one into a full and a shallow variant."""
+"""Split a captured UNet at a skip connection into a full and a shallow variant, each in stages by how often they run.
+
+    graph(x, t, text) -> y        full.prompt(text)               -> k       once per prompt
+                           ->     full.step(x, t, text, k)        -> y, c    every N-th step: fills the cache
+                                  shallow.prompt(text)            -> l       once per prompt
+                                  shallow.step(x, t, text, c, l)  -> y       every other step
+
+DeepCache declares one thing: the deep operand of the skip connection changes slowly. What follows is dataflow. The
+shallow variant reads the cache, and dead-code elimination makes it shallow. At *refresh rate*, what depends on the deep
+operand alone moves into the full variant, and the cache holds whatever of it is cheapest to hold; the layers that the
+concatenation leads to are first split into a part of each operand. At *prompt rate*, what depends on the prompt alone
+leaves both variants for a stage before them. Each variant has its own, so that a step waits for no more than it needs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import fx
 
 from deepcache_fx.capture import Captured
-from deepcache_fx.config import Branch
-from deepcache_fx.errors import BranchError
+from deepcache_fx.forecast import combine_refreshes
 from deepcache_fx.macs import Macs, total_macs
-from passes.match import ancestors, eliminate_dead_code, is_op, is_view, tensor
+from deepcache_fx.skips import SkipConnection
+from passes import SplitOverCat
+from passes.match import ancestors
+from passes.rates import also_return, extract, partition
 
-aten = torch.ops.aten
+RATES = ("refresh_rate", "prompt_rate")
+"""What can be separated beside the deep operand itself; `optimize(..., disable=)` takes these names, too."""
 
 
 @dataclass(frozen=True)
-class SkipConnection:
-    """A `cat` on the channel axis that joins a deep feature with the skip that was set aside on the way down."""
+class Cost:
+    """What a step computes, and how many bytes are kept for it."""
 
-    index: int
-    """Counted from the output: 0 is the shallowest."""
-    block: int
-    layer: int
-    """The published numbering: up block, and layer in it, counted from the output."""
-    cat: fx.Node
-    deep: fx.Node
-    """The operand that DeepCache keeps: everything below it is skipped in a shallow step."""
+    macs: Macs
+    cache_bytes: int
 
 
-def find_skip_connections(graph: fx.Graph) -> tuple[SkipConnection, ...]:
-    """All skip connections, shallowest first. Reads the dataflow alone: no class or attribute names.
+@dataclass(frozen=True)
+class Variant:
+    """One kind of step.
 
-    A skip connection is a two-operand `cat` on axis 1 of a feature map whose operands share a convolution or linear
-    layer over feature maps (the trunk), one of them being computed through more than the other: that one is deep.
+    `prompt` maps the inputs that `prompt_inputs` counts to the prompt values, and is None where there are none. `step`
+    takes the prompt values last.
     """
-    found = []
-    for node in reversed(list(graph.find_nodes(op="call_function", target=aten.cat.default))):
-        deep = _deep_operand(node)
-        if deep is not None:
-            found.append((node, deep))
-    result: list[SkipConnection] = []
-    for block, (_, group) in enumerate(groupby(found, key=_block_key([cat for cat, _ in found]))):
-        for layer, (cat, deep) in enumerate(group):
-            result.append(SkipConnection(len(result), block, layer, cat, deep))
-    return tuple(result)
 
-
-def _deep_operand(cat: fx.Node) -> fx.Node | None:
-    output = tensor(cat)
-    operands = cat.args[0]
-    axis = cat.args[1] if len(cat.args) > 1 else 0
-    if output is None or output.ndim < 3 or not isinstance(operands, Sequence) or len(operands) != 2:
-        return None
-    if axis not in (1, 1 - output.ndim):
-        return None
-    first, second = operands
-    assert isinstance(first, fx.Node)
-    assert isinstance(second, fx.Node)
-    through_first, through_second = ancestors([first]), ancestors([second])
-    if not any(map(_is_trunk_layer, through_first & through_second)):
-        return None
-    only_first = total_macs(through_first - through_second).total
-    only_second = total_macs(through_second - through_first).total
-    if only_first == only_second:
-        return None
-    return first if only_first > only_second else second
-
-
-def _is_trunk_layer(node: fx.Node) -> bool:
-    output = tensor(node)
-    if output is None or output.ndim < 3:
-        return False
-    return is_op(
-        node, aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding
-    )
-
-
-def _block_key(cats: list[fx.Node]) -> Callable[[tuple[fx.Node, fx.Node]], object]:
-    """Groups skip connections into up blocks: by the module that holds the `cat`, else by resolution."""
-    owners = {_owner(cat) for cat in cats}
-    if len(owners) > 1:
-        return lambda found: _owner(found[0])
-    return lambda found: tuple(found[0].meta["val"].shape[2:])
-
-
-def _owner(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return next(reversed([path for path, _ in stack.values()]), "")
-
-
-def pick_branch(branches: Sequence[SkipConnection], branch: Branch, model: str) -> SkipConnection:
-    """The skip connection a user means by a number or by the published (block, layer).
-
-    Raises:
-        BranchError: there is none such; names the range.
-    """
-    if not branches:
-        raise BranchError(
-            f"{model} has no skip connection (a concatenation on the channel axis of a deep and a shallow feature): "
-            "DeepCache needs a U-Net"
-        )
-    if isinstance(branch, int):
-        if branch < len(branches):
-            return branches[branch]
-        raise BranchError(
-            f"branch {branch} is out of range: {model} has skip connections 0 (shallowest) to {len(branches) - 1}"
-        )
-    for candidate in branches:
-        if (candidate.block, candidate.layer) == branch:
-            return candidate
-    layers = {b.block: sum(c.block == b.block for c in branches) for b in branches}
-    text = ", ".join(f"block {block}: layers 0-{count - 1}" for block, count in layers.items())
-    raise BranchError(f"branch (block, layer) = {branch} is out of range: {model} has {text}")
+    step: fx.GraphModule
+    macs: Macs
+    prompt: fx.GraphModule | None = None
+    prompt_inputs: tuple[int, ...] = ()
+    prompt_macs: Macs = Macs()  # noqa: RUF009 - immutable
 
 
 @dataclass(frozen=True)
 class Variants:
     """Two programs over one set of weights.
 
-    `full` maps the inputs to (*outputs, *cache); `shallow` maps (*inputs, *cache) to the outputs. `cache` holds the
-    fake tensors that describe the cached values.
+    `full.step` maps (*inputs, *prompt values) to (*outputs, *cache); `shallow.step` maps (*inputs, *cache, *prompt
+    values) to the outputs. `cache` holds fake tensors like the cached values. With a forecast, the shallow step takes
+    the caches of the last `forecast` + 1 full steps, newest first, and their weights.
     """
 
     branch: SkipConnection
-    full: fx.GraphModule
-    shallow: fx.GraphModule
+    full: Variant
+    shallow: Variant
     num_outputs: int
     cache: tuple[torch.Tensor, ...]
-    full_macs: Macs
-    shallow_macs: Macs
+    plain: Cost
+    """Of the shallow step, were the deep operand cached as it is and nothing done at prompt rate."""
 
     @property
-    def cache_bytes(self) -> int:
-        return sum(value.numel() * value.element_size() for value in self.cache)
+    def cost(self) -> Cost:
+        """Of the shallow step."""
+        return Cost(self.shallow.macs, sum(map(_bytes, self.cache)))
 
 
-def split(captured: Captured, branch: SkipConnection) -> Variants:
-    """Cut the graph at the deep operand of a skip connection of `captured.graph`."""
-    graph = captured.graph.graph
-    deep = branch.deep
-    full, full_nodes = _copy(graph)
-    output = full.output_node()
-    num_outputs = len(output.args[0])  # type: ignore[arg-type]
-    _part_from(full, full_nodes[deep])
-    output.args = ((*output.args[0], full_nodes[deep]),)  # type: ignore[misc]
-    eliminate_dead_code(full)
+def plain_cost(graph: fx.Graph, deep: fx.Node) -> Cost:
+    """What a shallow step costs where the deep operand is cached as it is. Walks the graph, copies nothing."""
+    return Cost(total_macs(ancestors([graph.output_node()], given=[deep])), _bytes(deep.meta["val"]))
 
-    shallow, shallow_nodes = _copy(graph)
-    with shallow.inserting_after(shallow.find_nodes(op="placeholder")[-1]):
-        cached = shallow.placeholder("cached")
-    cached.meta["val"] = deep.meta["val"]
-    shallow_nodes[deep].replace_all_uses_with(cached)
-    _part_from(shallow, cached)
-    eliminate_dead_code(shallow)
 
+def split(
+    captured: Captured,
+    branch: SkipConnection,
+    *,
+    rates: Collection[str] = (),
+    prompt_inputs: Collection[int] = (),
+    forecast: int = 0,
+) -> Variants:
+    """Split at a skip connection of `captured.graph`, which stays as it is.
+
+    Args:
+        captured: What was captured.
+        branch: One of its skip connections.
+        rates: Which of `RATES` to separate.
+        prompt_inputs: The inputs, by number, that change with the prompt alone. They may change at any time, and the
+            prompt stages must then run anew: what is at stake is only how often.
+        forecast: How many refreshes besides the last the shallow step reads (see `forecast`).
+    """
+    whole = captured.graph.graph
+    plain = plain_cost(whole, branch.deep)
+    graph, nodes = _copy(captured.graph)
+    kept: Sequence[fx.Node] = [nodes[branch.deep]]
+    if "refresh_rate" in rates:
+        kept = _at_refresh_rate(graph, nodes[branch.cat], nodes[branch.deep])
+    full = also_return(graph, kept)
+    shallow = extract(graph, kept).second
+    if forecast:
+        cached = shallow.graph.find_nodes(op="placeholder")[-len(kept) :]
+        shallow = combine_refreshes(shallow, cached, forecast)
+    count = len(whole.output_node().args[0])  # type: ignore[arg-type]
+    values = full.graph.output_node().args[0][count:]  # type: ignore[index]
+    chosen = prompt_inputs if "prompt_rate" in rates else ()
     return Variants(
         branch=branch,
-        full=fx.GraphModule(captured.graph, full, "FullStep"),
-        shallow=fx.GraphModule(captured.graph, shallow, "ShallowStep"),
-        num_outputs=num_outputs,
-        cache=(deep.meta["val"],),
-        full_macs=total_macs(full.nodes),
-        shallow_macs=total_macs(shallow.nodes),
+        full=_in_stages(full, chosen),
+        shallow=_in_stages(shallow, chosen),
+        num_outputs=count,
+        cache=tuple(value.meta["val"] for value in values),  # type: ignore[union-attr]
+        plain=plain,
     )
 
 
-def _part_from(graph: fx.Graph, kept: fx.Node) -> None:
-    """Clone the outputs that are `kept` or a view of it: a caller may write into what it was given."""
-    output = graph.output_node()
-    leaves = list(output.args[0])  # type: ignore[arg-type]
-    for i, leaf in enumerate(leaves):
-        node = leaf
-        while isinstance(node, fx.Node) and node is not kept and is_view(node):
-            node = node.all_input_nodes[0]
-        if node is kept:
-            with graph.inserting_before(output):
-                leaves[i] = graph.call_function(aten.clone.default, (leaf,))
-            leaves[i].meta = dict(leaf.meta)
-    output.args = (tuple(leaves),)
+def refresh_costs(captured: Captured, branches: Sequence[SkipConnection]) -> list[Cost]:
+    """What a shallow step costs at each skip connection, from the shallowest, with its refresh rate separated."""
+    graph, nodes = _copy(captured.graph)
+    costs = []
+    for branch in branches:  # shallowest first: parting the operands of one may replace the deep operand before it
+        _part_operands(graph, nodes[branch.cat], nodes[branch.deep])
+        kept = partition(graph.graph, {nodes[branch.deep]}).kept
+        macs = total_macs(ancestors([graph.graph.output_node()], given=kept))
+        costs.append(Cost(macs, sum(_bytes(node.meta["val"]) for node in kept)))
+    return costs
 
 
-def _copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    copy = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    results = copy.graph_copy(graph, mapping)
-    copy.output(results)
-    copy.output_node().meta = dict(graph.output_node().meta)
-    return copy, mapping
+def _at_refresh_rate(graph: fx.GraphModule, cat: fx.Node, deep: fx.Node) -> Sequence[fx.Node]:
+    """What to keep so that all that depends on the deep operand alone is computed in full steps."""
+    _part_operands(graph, cat, deep)
+    return partition(graph.graph, {deep}).kept
+
+
+def _part_operands(graph: fx.GraphModule, cat: fx.Node, deep: fx.Node) -> None:
+    """Let the deep operand go alone through the layers that the concatenation leads to."""
+    operands = cat.args[0]
+    assert isinstance(operands, Sequence)
+    SplitOverCat(cat.name, alone=0 if operands[0] is deep else 1)(graph)
+
+
+def _in_stages(step: fx.GraphModule, prompt_inputs: Collection[int]) -> Variant:
+    placeholders = step.graph.find_nodes(op="placeholder")
+    moving = {placeholders[index] for index in prompt_inputs}
+    kept = [node for node in partition(step.graph, moving, held=True).kept if node not in moving] if moving else []
+    if not kept:
+        return Variant(step, total_macs(step.graph.nodes))
+    two = extract(step, kept)
+    names = [node.target for node in placeholders]
+    return Variant(
+        step=two.second,
+        macs=total_macs(two.second.graph.nodes),
+        prompt=two.first,
+        prompt_inputs=tuple(names.index(node.target) for node in two.first.graph.find_nodes(op="placeholder")),
+        prompt_macs=total_macs(two.first.graph.nodes),
+    )
+
+
+def _bytes(value: torch.Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _copy(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, nodes))
+    graph.output_node().meta = dict(module.graph.output_node().meta)
+    return fx.GraphModule(module, graph), nodes

@@ -4,6 +4,8 @@
     x = clone(y)                           x -> y, where it keeps y's strides
     x = dropout(y, p, False)               x -> y
     x = to(y, dtype), contiguous(y)        x -> y, where y is so already
+    x = to(to(y, wider), dtype)            x -> to(y, dtype), where nothing is lost on the way
+    x = view(y, shape), expand(y, shape)   x -> y, where it has that shape and those strides already
     _assert_tensor_metadata(y, ...)        (removed: the caller guards shapes, types and devices)
 
 Exact, in a functional graph: nobody writes into y. Clones of inputs and clones that are returned stay, for no output
@@ -17,9 +19,12 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from passes.match import eliminate_dead_code, is_op, is_view, tensor
+from passes.match import eliminate_dead_code, is_op, is_view, tensor, value
 
 aten = torch.ops.aten
+
+_CASTS = (aten.to.dtype, aten._to_copy.default)
+_SHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default)
 
 
 def _is_division_by_one(node: fx.Node) -> bool:
@@ -52,6 +57,11 @@ def _is_alias(node: fx.Node) -> bool:
     """An operator that returns its argument as it is."""
     if is_op(node, aten.dropout.default):
         return node.args[2] is False
+    if is_op(node, *_SHAPES):
+        before, after = tensor(node.args[0]), tensor(node)
+        if before is None or after is None:
+            return False
+        return (before.shape, before.stride()) == (after.shape, after.stride())
     if not is_op(node, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.contiguous.default):
         return False
     before, after = tensor(node.args[0]), tensor(node)
@@ -60,6 +70,25 @@ def _is_alias(node: fx.Node) -> bool:
     copies = bool(node.kwargs.get("copy")) or True in node.args[2:]
     same = (before.dtype, before.device, before.stride()) == (after.dtype, after.device, after.stride())
     return same and not copies
+
+
+def _source_of_casts(node: fx.Node) -> fx.Node | None:
+    """What a cast of a cast is computed from, where the cast in between only widens: it changes no value."""
+    between = node.args[0] if is_op(node, *_CASTS) else None
+    if not isinstance(between, fx.Node) or not is_op(between, *_CASTS):
+        return None
+    source = between.args[0]
+    first, middle, last = tensor(source), tensor(between), tensor(node)
+    if first is None or middle is None or last is None or len({v.device for v in (first, middle, last)}) > 1:
+        return None
+    floats = all(v.is_floating_point() for v in (first, middle, last))
+    widens = first.dtype != middle.dtype == torch.promote_types(first.dtype, middle.dtype)
+    if not (floats and widens and first.stride() == last.stride()):
+        return None
+    assert isinstance(source, fx.Node)
+    returned = any(user.op == "output" for user in node.users)
+    becomes_source = first.dtype == last.dtype
+    return None if becomes_source and (returned or _may_alias_input(source)) else source
 
 
 def _may_alias_input(node: fx.Node) -> bool:
@@ -80,6 +109,13 @@ class Canonicalize(PassBase):
         for node in list(graph.nodes):
             if is_op(node, aten._assert_tensor_metadata.default):
                 graph.erase_node(node)
+                modified = True
+            elif (source := _source_of_casts(node)) is not None:
+                if value(source).dtype == value(node).dtype:
+                    node.replace_all_uses_with(source)
+                    graph.erase_node(node)
+                else:
+                    node.args = (source, *node.args[1:])
                 modified = True
             elif _is_division_by_one(node) or _is_plain_clone(node) or _is_alias(node):
                 node.replace_all_uses_with(node.args[0])

@@ -31,9 +31,12 @@ class PassRecord:
     nodes_before: int
     nodes_after: int
     seconds: float
+    declined: tuple[str, ...] = ()
+    """Places that the pass looked at and left as they were, and why; of passes that say so (`declined`)."""
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.nodes_before} -> {self.nodes_after} nodes, {self.seconds * 1e3:.1f} ms"
+        left = f"; left {len(self.declined)} as they were" if self.declined else ""
+        return f"{self.name}: {self.nodes_before} -> {self.nodes_after} nodes, {self.seconds * 1e3:.1f} ms{left}"
 
 
 def pass_name(item: Pass) -> str:
@@ -66,7 +69,9 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass]) -> tuple[fx.GraphModu
                     refresh_metadata(gm)
         except Exception as error:
             raise PassError(f"pass {name!r} failed: {type(error).__name__}: {error}") from error
-        records.append(PassRecord(name, modified, before, len(gm.graph.nodes), time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        declined = tuple(map(str, getattr(item, "declined", ())))
+        records.append(PassRecord(name, modified, before, len(gm.graph.nodes), seconds, declined))
     return gm, tuple(records)
 
 

@@ -10,6 +10,19 @@ from unittest import mock
 import torch
 from DeepCache import DeepCacheSDHelper
 
+TO_THE_BIT: dict[str, Any] = {"backend": "eager", "disable": "all"}
+"""Arguments of `optimize` with which the captured operators run as they are, in their order."""
+
+BY_DEFAULT: dict[str, Any] = {"backend": "eager"}
+"""With the default passes and rates: sums are taken in another order."""
+
+
+def agree(actual: torch.Tensor, expected: torch.Tensor, options: dict[str, Any]) -> bool:
+    """Equal with the first of these options, within 1e-5 relative (L2 norms) with the others."""
+    if options is TO_THE_BIT:
+        return torch.equal(actual, expected)
+    return bool((actual - expected).norm() <= 1e-5 * expected.norm())
+
 
 @contextmanager
 def published(pipe: Any, interval: int, branch: int) -> Iterator[None]:

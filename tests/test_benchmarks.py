@@ -34,6 +34,7 @@ from benchmarks.speed import main as speed_main
 from benchmarks.store import ResultsFile, read_results
 from benchmarks.subjects import KINDS, Subject
 from benchmarks.targets import TARGETS, targets_table
+from deepcache_fx import runtime
 from deepcache_fx.presets import PRESETS, Preset
 
 CASE = Case("tiny", 8, 8, 1, "fp32", "cpu", 4, 1, 0, "eager")
@@ -87,6 +88,7 @@ def test_every_arm_has_a_row_with_numbers_or_a_reason(
     absent = {name: row.reason for name, row in rows.items() if row.status == "absent"}
     for name in ("ours-cuda-graphs", "ours-eager-cuda-graphs"):
         assert absent.pop(name) == "CUDA graphs need a CUDA device"
+    assert absent.pop("ours-fuse-group-norm") == "Triton kernels need a CUDA device"
     assert absent in ({}, {"pruna": "pruna is not installed"})
     for name, row in rows.items():
         if row.status != "absent":
@@ -370,7 +372,8 @@ def test_a_new_default_pass_is_a_new_arm(monkeypatch: pytest.MonkeyPatch) -> Non
     def sharpen_pencils(gm: torch.fx.GraphModule) -> None: ...
 
     before = set(all_arms())
-    monkeypatch.setattr(benchmarks.arms, "DEFAULT_PASSES", (*benchmarks.arms.DEFAULT_PASSES, sharpen_pencils))
+    assert {"ours-without-canonicalize", "ours-without-refresh-rate", "ours-without-prompt-rate"} <= before
+    monkeypatch.setattr(runtime, "DEFAULT_PASSES", (*runtime.DEFAULT_PASSES, sharpen_pencils))
     assert set(all_arms()) - before == {"ours-without-sharpen-pencils"}
 
 

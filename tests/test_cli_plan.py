@@ -13,7 +13,7 @@ from rich.console import Console
 
 from deepcache_fx import DeepCacheError, cli_plan
 from deepcache_fx.cli_plan import plan_command, read_model
-from deepcache_fx.plan import Plan
+from deepcache_fx.plan import Plan, giga
 from tests.models import sd_pipeline, sd_unet
 
 SMALL = dict(
@@ -43,7 +43,10 @@ def test_a_preset_is_printed_as_a_table_that_fits_a_terminal() -> None:
     assert "google/ddpm-cifar10-32" in text
     words = [line.split() for line in text.splitlines()]
     branch = found.branches[2]
-    row = ["2", "0/2", "6.222", "2.239", "36.0%", "0.50", f"{branch.speedup(3):.2f}", f"{branch.speedup(7):.2f}"]
+    assert branch.hoisted.total < branch.shallow.total
+    hoisted = [giga(branch.hoisted.total), f"{branch.hoisted_cache_bytes / 2**20:.2f}"]
+    bounds = [f"{branch.speedup(3):.2f}", f"{branch.speedup(7):.2f}"]
+    row = ["2", "0/2", "6.222", "2.239", "36.0%", "0.50", *hoisted, *bounds]
     assert row in words
     assert [line[0] for line in words if len(line) == len(row) and "/" in line[1]] == [str(n) for n in range(12)]
     assert "without attention products: full 6.054 GMAC; shallow, by branch: 0.4940, 1.283," in text

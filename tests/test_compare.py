@@ -86,7 +86,7 @@ def test_interval_one_gives_equal_images_and_says_that_nothing_was_saved() -> No
     found = compare(
         small.pipeline(),
         prompts=["a cat"],
-        optimize_arguments={"interval": 1},
+        optimize_arguments={"interval": 1, "disable": "all"},
         steps=3,
         repeats=1,
         warmup=False,

@@ -31,7 +31,7 @@ def foreign_imports(source: str) -> set[str]:
 
 
 def test_passes_import_torch_and_the_standard_library_alone() -> None:
-    files = list(Path(passes.__file__).parent.glob("*.py"))
+    files = list(Path(passes.__file__).parent.rglob("*.py"))
     assert len(files) >= 4
     for file in files:
         assert foreign_imports(file.read_text()) == set(), file.name
@@ -147,6 +147,44 @@ def test_canonicalize_drops_a_clone_that_changes_nothing() -> None:
     check(Canonicalize(), graph_of(build, X), -1, X)
 
 
+@pytest.mark.parametrize(("last", "delta"), [(torch.float16, -2), (torch.float64, -1)])
+def test_canonicalize_drops_a_cast_that_only_widens_before_another(last: torch.dtype, delta: int) -> None:
+    def build(g: fx.Graph, x: fx.Node) -> fx.Node:
+        y = g.call_function(aten.sin.default, (x,))
+        for dtype in (torch.float32, last):
+            y = g.call_function(aten.to.dtype, (y, dtype))
+        return g.call_function(aten.cos.default, (y,))
+
+    x = X.half()
+    check(Canonicalize(), graph_of(build, x), delta, x)
+
+
+def test_canonicalize_keeps_a_cast_that_rounds_and_one_that_is_a_copy_of_an_input() -> None:
+    def rounds(g: fx.Graph, x: fx.Node) -> fx.Node:
+        for dtype in (torch.float16, torch.float32):
+            x = g.call_function(aten.to.dtype, (x, dtype))
+        return g.call_function(aten.cos.default, (x,))
+
+    def copies(g: fx.Graph, x: fx.Node) -> fx.Node:
+        for dtype in (torch.float64, torch.float32):
+            x = g.call_function(aten.to.dtype, (x, dtype))
+        return x
+
+    check(Canonicalize(), graph_of(rounds, X), 0, X)
+    gm = check(Canonicalize(), graph_of(copies, X), 0, X)
+    assert gm(X)[0].data_ptr() != X.data_ptr()
+
+
+def test_canonicalize_drops_a_view_to_the_shape_there_is() -> None:
+    def build(g: fx.Graph, x: fx.Node) -> fx.Node:
+        y = g.call_function(aten.sin.default, (x,))
+        for operator in (aten.view.default, aten.reshape.default, aten.expand.default):
+            y = g.call_function(operator, (y, [2, 3]))
+        return g.call_function(aten.cos.default, (g.call_function(aten.view.default, (y, [3, 2])),))
+
+    check(Canonicalize(), graph_of(build, X), -3, X)
+
+
 def test_canonicalize_keeps_a_clone_that_makes_its_input_contiguous() -> None:
     def build(g: fx.Graph, x: fx.Node) -> fx.Node:
         y = g.call_function(aten.t.default, (x,))
@@ -188,6 +226,18 @@ def test_canonicalize_keeps_a_clone_between_an_input_and_an_output(through_a_vie
 
     gm = check(Canonicalize(), graph_of(build, X), 0, X)
     assert gm(X)[0].data_ptr() != X.data_ptr()
+
+
+def test_a_record_tells_what_a_pass_left_as_it_was() -> None:
+    class Choosy(PassBase):
+        declined = ("here: too small",)
+
+        def call(self, graph_module: fx.GraphModule) -> PassResult:
+            return PassResult(graph_module, False)
+
+    _, [record] = run_passes(graph_of(lambda g, x: x, X), [Choosy()])
+    assert record.declined == ("here: too small",)
+    assert str(record).endswith("; left 1 as they were")
 
 
 def test_a_pass_that_raises_is_named() -> None:

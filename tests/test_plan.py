@@ -19,7 +19,8 @@ from deepcache_fx.macs import Macs
 from deepcache_fx.plan import BranchPlan, Plan, giga, plan
 from deepcache_fx.runtime import apply_passes
 from deepcache_fx.signature import CallReader
-from deepcache_fx.split import find_skip_connections, split
+from deepcache_fx.skips import find_skip_connections
+from deepcache_fx.split import split
 from tests.models import sd_pipeline, sd_unet
 
 
@@ -93,8 +94,8 @@ def test_every_branch_counts_what_splitting_there_gives(sd: Plan) -> None:
     for planned, connection in zip(sd.branches, found, strict=True):
         variants = split(captured, connection)
         assert (planned.index, planned.block, planned.layer) == (connection.index, connection.block, connection.layer)
-        assert (planned.full, planned.shallow) == (variants.full_macs, variants.shallow_macs)
-        assert planned.cache_bytes == variants.cache_bytes
+        assert (planned.full, planned.shallow) == (variants.full.macs, variants.shallow.macs)
+        assert planned.cache_bytes == variants.cost.cache_bytes
 
 
 def test_deeper_branches_save_less(sd: Plan) -> None:
@@ -105,7 +106,9 @@ def test_deeper_branches_save_less(sd: Plan) -> None:
 
 
 def test_the_bound_is_the_ratio_of_a_period_without_and_with_caching() -> None:
-    branch = BranchPlan(0, 0, 0, full=Macs(80, 20), shallow=Macs(5, 5), cache_bytes=1)
+    branch = BranchPlan(
+        0, 0, 0, full=Macs(80, 20), shallow=Macs(5, 5), cache_bytes=1, hoisted=Macs(4, 5), hoisted_cache_bytes=2
+    )
     assert branch.share == 0.1
     assert branch.speedup(1) == 1
     assert branch.speedup(2) == pytest.approx(200 / 110)
@@ -184,7 +187,10 @@ def test_printing_gives_a_line_for_each_branch_and_both_counts(small: Plan) -> N
     bound = 3 * small.full.total / (small.full.total + 2 * shallow)
     cells = lines[2].split()
     assert cells[:6] == ["0", "0/0", giga(small.full.total), giga(shallow), f"{small.branches[0].share:.1%}", "0.02"]
-    assert cells[7] == f"{bound:.2f}"
+    hoisted = small.branches[0]
+    assert cells[6:8] == [giga(hoisted.hoisted.total), f"{hoisted.hoisted_cache_bytes / 2**20:.2f}"]
+    assert hoisted.hoisted.total < shallow
+    assert cells[9] == f"{bound:.2f}"
     assert lines[3].split()[:2] == ["1", "1/0"]
     assert f"full {giga(small.full.dense)} GMAC" in lines[-1]
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepcache_fx.errors import DeepCacheError, ScheduleError
-from deepcache_fx.schedule import Custom, Power, Steps, Uniform, as_schedule
+from deepcache_fx.schedule import Custom, Power, Steps, Uniform, Window, as_schedule
 
 
 @cache
@@ -115,3 +115,27 @@ def test_schedule_imports_no_torch() -> None:
         "sys.modules['deepcache_fx'] = pkg; import deepcache_fx.schedule; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_window_is_full_outside_and_counts_from_its_start() -> None:
+    assert Window(2, 8, Uniform(3)).full_steps(11) == [0, 1, 2, 5, 8, 9, 10]
+    assert Window(2, -1, Uniform(4)).full_steps(10) == [0, 1, 2, 6, 9]
+    assert Window(0, None, Uniform(3)).full_steps(7) == Uniform(3).full_steps(7)
+    assert Window(3, None, Steps([2])).full_steps(8) == [0, 1, 2, 3, 5]
+    assert Window(4, 8).full_steps(3) == [0, 1, 2]
+
+
+def test_a_window_passes_its_own_length_on() -> None:
+    inner = Power(3, power=1.4, center=4)
+    window = Window(5, 25, inner)
+    assert window.full_steps(30) == [*range(5), *(5 + step for step in inner.full_steps(20)), *range(25, 30)]
+    assert window.needs_num_steps
+    assert not Window(1, 5).needs_num_steps
+
+
+def test_a_window_that_makes_no_sense_is_refused() -> None:
+    for arguments in ((-1,), (3, 2), (1.5,), (0, "end"), (0, None, "inner")):
+        with pytest.raises(ScheduleError):
+            Window(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(ScheduleError, match="needs the number of denoising steps"):
+        Window(0, -1).is_full(3, None)

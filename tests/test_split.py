@@ -1,4 +1,4 @@
-"""Finding skip connections and splitting at one, on graphs built by hand and on captured models."""
+"""Finding skip connections and splitting at one, by rates too, on graphs built by hand and on captured models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import fx
 from deepcache_fx.capture import Captured, capture
 from deepcache_fx.errors import BranchError
 from deepcache_fx.signature import CallReader
-from deepcache_fx.split import find_skip_connections, pick_branch, split
+from deepcache_fx.skips import find_skip_connections, pick_branch
+from deepcache_fx.split import RATES, plain_cost, refresh_costs, split
 from passes.match import is_op
 from tests import models
 
@@ -129,13 +130,13 @@ def test_the_shallow_variant_has_no_deep_layer_and_both_give_the_whole_output() 
     expected = captured.graph(x)[0]
     for index, convolutions in ((0, 2), (1, 4)):
         variants = split(captured, find_skip_connections(captured.graph.graph)[index])
-        output, cached = variants.full(x)
+        output, cached = variants.full.step(x)
         assert torch.equal(output, expected)
-        assert torch.equal(variants.shallow(x, cached)[0], expected)
-        assert not torch.equal(variants.shallow(x, torch.zeros_like(cached))[0], expected)
-        assert sum(is_op(n, aten.conv2d.default) for n in variants.shallow.graph.nodes) == convolutions
-        assert variants.cache_bytes == cached.numel() * 4
-        assert variants.shallow_macs.total < variants.full_macs.total
+        assert torch.equal(variants.shallow.step(x, cached)[0], expected)
+        assert not torch.equal(variants.shallow.step(x, torch.zeros_like(cached))[0], expected)
+        assert sum(is_op(n, aten.conv2d.default) for n in variants.shallow.step.graph.nodes) == convolutions
+        assert variants.cost.cache_bytes == cached.numel() * 4
+        assert variants.shallow.macs.total < variants.full.macs.total
 
 
 def test_several_outputs_are_kept_in_order() -> None:
@@ -146,10 +147,10 @@ def test_several_outputs_are_kept_in_order() -> None:
     captured = b.captured(top, deep)
     variants = split(captured, find_skip_connections(captured.graph.graph)[0])
     x = torch.randn(1, 3, 4, 4)
-    _, second, cached = variants.full(x)
+    _, second, cached = variants.full.step(x)
     assert torch.equal(second, cached)
     other = torch.randn_like(cached)
-    assert torch.equal(variants.shallow(x, other)[1], other)
+    assert torch.equal(variants.shallow.step(x, other)[1], other)
 
 
 def test_an_output_that_is_the_cached_feature_may_be_written_into() -> None:
@@ -159,11 +160,11 @@ def test_an_output_that_is_the_cached_feature_may_be_written_into() -> None:
     captured = b.captured(b.conv(b.cat(deep, skip), 3), deep)
     variants = split(captured, find_skip_connections(captured.graph.graph)[0])
     x = torch.randn(1, 3, 4, 4)
-    _, given, cached = variants.full(x)
+    _, given, cached = variants.full.step(x)
     expected = cached.clone()
     given.zero_()
     assert torch.equal(cached, expected)
-    variants.shallow(x, cached)[1].zero_()
+    variants.shallow.step(x, cached)[1].zero_()
     assert torch.equal(cached, expected)
 
 
@@ -186,8 +187,73 @@ def test_blocks_of_a_diffusers_unet_are_its_up_blocks() -> None:
     assert [(b.block, b.layer) for b in found] == [(i // 3, i % 3) for i in range(9)]
     variants = split(captured, found[0])
     own = {id(p) for p in unet.parameters()}
-    for variant in (variants.full, variants.shallow):
+    for variant in (variants.full.step, variants.shallow.step):
         parameters = list(variant.parameters())
         assert parameters
         assert all(id(p) in own for p in parameters)
-    assert len(list(variants.shallow.parameters())) < len(own) / 3
+    assert len(list(variants.shallow.step.parameters())) < len(own) / 3
+
+
+# By rates.
+
+
+def test_what_depends_on_the_cached_feature_alone_moves_into_the_full_variant() -> None:
+    _, captured = two_level_unet()
+    x = torch.randn(1, 3, 4, 4)
+    expected = captured.graph(x)[0]
+    before = [(node.name, node.target) for node in captured.graph.graph.nodes]
+    branch = find_skip_connections(captured.graph.graph)[0]
+    plain, hoisted = split(captured, branch), split(captured, branch, rates=RATES)
+    output, cached = hoisted.full.step(x)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(hoisted.shallow.step(x, cached)[0], expected)
+    assert cached.shape == (1, 3, 4, 4)  # half of the last convolution's output, not the deep feature's 6 channels
+    assert hoisted.plain == plain.cost == plain.plain
+    assert hoisted.shallow.macs.total == plain.shallow.macs.total - 6 * 3 * 16
+    assert hoisted.full.macs.total == plain.full.macs.total
+    assert hoisted.cost.cache_bytes == 3 * 16 * 4 < plain.cost.cache_bytes
+    assert [(node.name, node.target) for node in captured.graph.graph.nodes] == before
+
+
+def test_costs_by_rate_are_known_without_splitting() -> None:
+    _, captured = two_level_unet()
+    found = find_skip_connections(captured.graph.graph)
+    costs = refresh_costs(captured, found)
+    assert costs == [split(captured, branch, rates=["refresh_rate"]).cost for branch in found]
+    plain = [plain_cost(captured.graph.graph, branch.deep) for branch in found]
+    assert all(cost.macs.total < whole.macs.total for cost, whole in zip(costs, plain, strict=True))
+
+
+def unet_with_a_prompt() -> tuple[Captured, torch.Tensor, torch.Tensor]:
+    """Each level adds a projection of the text to what it computes."""
+    b = Builder()
+    x, text = b.input(1, 3, 4, 4), b.input(1, 7, 1, 1)
+    skip = b.op(aten.add.Tensor, b.conv(x, 4), b.conv(text, 4))
+    deep = b.op(aten.add.Tensor, b.conv(skip, 5), b.conv(b.conv(text, 9), 5))
+    return b.captured(b.conv(b.cat(deep, skip), 3)), torch.randn(1, 3, 4, 4), torch.randn(1, 7, 1, 1)
+
+
+def test_what_depends_on_the_prompt_alone_is_computed_once_and_only_where_it_is_needed() -> None:
+    captured, x, text = unet_with_a_prompt()
+    expected = captured.graph(x, text)[0]
+    branch = find_skip_connections(captured.graph.graph)[0]
+    variants = split(captured, branch, rates=RATES, prompt_inputs=[1])
+    full, shallow = variants.full, variants.shallow
+    assert full.prompt is not None
+    assert shallow.prompt is not None
+    assert full.prompt_inputs == shallow.prompt_inputs == (1,)
+    assert (full.prompt_macs.total, shallow.prompt_macs.total) == (7 * 4 + 7 * 9 + 9 * 5, 7 * 4)
+    other = torch.zeros_like(text)  # the steps themselves read no text any more
+    output, *cache = full.step(x, other, *full.prompt(text))
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(shallow.step(x, other, *cache, *shallow.prompt(text))[0], expected)
+
+
+def test_an_input_that_changes_with_every_step_keeps_its_work_in_the_step() -> None:
+    captured, x, text = unet_with_a_prompt()
+    branch = find_skip_connections(captured.graph.graph)[0]
+    variants = split(captured, branch, rates=RATES, prompt_inputs=[])
+    assert variants.full.prompt is variants.shallow.prompt is None
+    output, *cache = variants.full.step(x, text)
+    torch.testing.assert_close(output, captured.graph(x, text)[0])
+    torch.testing.assert_close(variants.shallow.step(x, text, *cache)[0], output)

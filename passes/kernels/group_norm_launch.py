@@ -1,0 +1,195 @@
+"""Choose tiles and launch the Triton kernels for GroupNorm.
+
+Imports triton: `passes.kernels.group_norm` imports this file when a tensor on a GPU first needs it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from passes.kernels import group_norm_triton as kernels
+
+RUN = 128
+"""Channels that a tile aims at: whole groups of 10, 20, 40 or 60 channels fill 120 of them, in 16-byte vectors."""
+TILE = 4096
+"""Elements per step of a program: 16 per thread of 8 warps, which leaves registers for three programs per processor."""
+HELD = 16384
+"""Elements that one program may hold at once: 32 per thread of 16 warps."""
+MAX_SPLITS = 64
+"""Parts of the positions that every program of `normalize` merges."""
+MAX_GROUP = TILE
+"""Channels per group beyond which one row of a tile would be too wide."""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def supports(x: torch.Tensor, group_channels: int) -> bool:
+    """True where the kernels' 32-bit offsets within a sample, their tiles and their arithmetic do for this tensor."""
+    fits = 0 < x[:1].numel() < 2**31 and x.shape[0] < 2**16
+    return fits and x.dtype in DTYPES and group_channels <= MAX_GROUP
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a row of channels is cut into tiles of whole groups."""
+
+    groups: int
+    """Groups per tile."""
+    padded_groups: int
+    block_c: int
+    """Channels per tile, padded to a power of two."""
+    count: int
+
+
+def tiles(group: int, num_groups: int, run: int) -> Tiles:
+    """Tiles of about `run` channels; multiples of 8 channels where there is more than one, to keep accesses aligned."""
+    groups = max(1, min(num_groups, run // group))
+    if groups < num_groups:
+        groups = next((k for k in range(groups, 0, -1) if k * group % 8 == 0), groups)
+    return Tiles(groups, _power(groups), _power(groups * group), _ceil(num_groups, groups))
+
+
+def share(size: int, block: int, most: int) -> tuple[int, int]:
+    """Programs, at most `most`, that share `size` rows, and the steps of `block` rows that each of them makes."""
+    blocks = _ceil(size, block)
+    steps = _ceil(blocks, max(1, min(most, blocks)))
+    return _ceil(blocks, steps), steps
+
+
+def normalize(
+    out: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    channels_last: bool,
+    statistics_a: torch.Tensor | None = None,
+    statistics_b: torch.Tensor | None = None,
+) -> None:
+    """Write GroupNorm of cat(a, b) (+ addend, + SiLU) into `out`: see `passes.kernels.group_norm`.
+
+    All feature maps have the layout of `out`; `addend` is (N, C) with any strides; statistics are contiguous.
+    """
+    samples, channels = out.shape[:2]
+    size = out[0, 0].numel()
+    group = channels // num_groups
+    strides = (0, 0) if addend is None else addend.stride()
+    inputs = (a, b, addend, weight, bias, out)
+    shape = (a.shape[1], 0 if b is None else b.shape[1], size, *strides)
+    given = statistics_a is not None or statistics_b is not None
+
+    held = tiles(group, num_groups, RUN // 2)
+    if not given and _power(size) * held.block_c <= HELD:
+        block_s = _power(size)
+        with _device(out):
+            kernels.whole_groups[(held.count, samples)](
+                *inputs, *shape, eps,
+                GROUP=group, GROUPS=held.groups, PADDED_GROUPS=held.padded_groups,
+                BLOCK_C=held.block_c, BLOCK_S=block_s, CHANNELS_LAST=channels_last, SILU=silu,
+                num_warps=min(16, max(4, block_s * held.block_c // 1024)),
+            )  # fmt: skip
+        return
+
+    # What is not given is computed; where both halves are given, those of `b` take the computed ones' place.
+    boundary = a.shape[1]
+    low, high = (boundary if statistics_a is not None else 0), (channels if statistics_b is None else boundary)
+    other, other_range = statistics_a, (0, boundary)
+    if statistics_a is not None and statistics_b is not None:
+        table, splits, split_rows = statistics_b, 1, size
+        low, high = boundary, channels
+    else:
+        table, splits, split_rows = _split_statistics(a, b, addend, low, high, group, size, channels_last)
+        if statistics_b is not None:
+            other, other_range = statistics_b, (boundary, channels)
+    wide = tiles(group, num_groups, RUN)
+    block_s = _block_s(size, wide.block_c)
+    parts, steps = share(size, block_s, 8 * _processors(out.device) // (samples * wide.count))
+    with _device(out):
+        kernels.normalize[(wide.count, parts, samples)](
+            *inputs, table, other, *shape, eps, low, high, splits, split_rows, *other_range,
+            GROUP=group, GROUPS=wide.groups, PADDED_GROUPS=wide.padded_groups, PADDED_SPLITS=_power(splits),
+            BLOCK_C=wide.block_c, BLOCK_S=block_s, STEPS=steps, CHANNELS_LAST=channels_last, SILU=silu, num_warps=8,
+        )  # fmt: skip
+
+
+def statistics(x: torch.Tensor, *, group: int, first_channel: int, channels_last: bool) -> torch.Tensor:
+    """Means and variances (2, N, segments) of a feature map: see `passes.kernels.group_norm`."""
+    samples, size = x.shape[0], x[0, 0].numel()
+    low, high = first_channel, first_channel + x.shape[1]
+    a, b = (x, None) if first_channel == 0 else (None, x)
+    table, splits, rows = _split_statistics(a, b, None, low, high, group, size, channels_last)
+    segments = table.shape[-1]
+    if splits == 1:
+        return table[:, :, 0]
+    wide = tiles(group, segments, RUN)
+    merged = torch.empty(2, samples, segments, device=x.device)
+    with _device(x):
+        kernels.merge_table[(wide.count, samples)](
+            table, merged, low, high, splits, rows, size,
+            GROUP=group, GROUPS=wide.groups, PADDED_GROUPS=wide.padded_groups, PADDED_SPLITS=_power(splits),
+        )  # fmt: skip
+    return merged
+
+
+def _split_statistics(
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    low: int,
+    high: int,
+    group: int,
+    size: int,
+    channels_last: bool,
+) -> tuple[torch.Tensor, int, int]:
+    """The table of channels low <= c < high, (2, N, splits, segments), its splits, and the rows of each."""
+    some = a if a is not None else b
+    assert some is not None
+    samples = some.shape[0]
+    segments = _ceil(high, group) - low // group
+    wide = tiles(group, segments, RUN)
+    block_s = _block_s(size, wide.block_c)
+    most = min(MAX_SPLITS, 3 * _processors(some.device) // (samples * wide.count))
+    splits, steps = share(size, block_s, most)
+    table = torch.empty(2, samples, splits, segments, device=some.device)
+    strides = (0, 0) if addend is None else addend.stride()
+    a_channels = low if a is None else a.shape[1]
+    with _device(some):
+        kernels.statistics[(wide.count, splits, samples)](
+            a, b, addend, table, a_channels, 0 if b is None else b.shape[1], size, *strides,
+            low // group * group, low, high,
+            GROUP=group, GROUPS=wide.groups, PADDED_GROUPS=wide.padded_groups,
+            BLOCK_C=wide.block_c, BLOCK_S=block_s, STEPS=steps, CHANNELS_LAST=channels_last, num_warps=8,
+        )  # fmt: skip
+    return table, splits, steps * block_s
+
+
+def _block_s(size: int, block_c: int) -> int:
+    return max(1, min(_power(size), TILE // block_c))
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power(value: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << (value - 1).bit_length()
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors; those of an H200 where the kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _device(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
