@@ -8,13 +8,14 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from benchmarks.cases import Quantiles, Result, over
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.plots import draw
+from benchmarks.profiles import profiles_section, read_profiles
 from benchmarks.store import read_results
 from benchmarks.targets import targets_table
 
@@ -167,7 +168,7 @@ def provenance(rows: Sequence[Result]) -> str:
     return "\n\n".join(lines)
 
 
-def full_report(rows: Sequence[Result], plots: dict[Group, list[str]]) -> str:
+def full_report(rows: Sequence[Result], plots: dict[Group, list[str]], profiles: Sequence[dict[str, Any]] = ()) -> str:
     """The whole of speed.md."""
     parts = ["# Speed", f"Made by `{COMMAND}` from the JSON files beside it.", LEGEND]
     parts += ["## Targets", targets_table(list(grouped(rows).values()))]
@@ -178,6 +179,8 @@ def full_report(rows: Sequence[Result], plots: dict[Group, list[str]]) -> str:
         missing = [f"- {r.case.arm} 1:{r.case.interval}: {r.status}, {r.reason}" for r in members if r.reason]
         notes = [f"- {r.case.arm} 1:{r.case.interval}: {text}" for r in members for text in r.measured.notes]
         parts += ["\n".join([*missing, *notes])] * bool(missing or notes) + [provenance(members)]
+    if profiles:
+        parts += ["## Where the time of one step goes", profiles_section(profiles)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -225,7 +228,7 @@ def main(
     if importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter("the plots need matplotlib: pip install 'deepcache-fx[bench]'")
     plots = {group: draw(heading(members[0]), members, results) for group, members in grouped(rows).items()}
-    (results / "speed.md").write_text(full_report(rows, plots))
+    (results / "speed.md").write_text(full_report(rows, plots, read_profiles(results)))
     if readme.exists():
         text = readme.read_text()
         where = Path(os.path.relpath(results, readme.parent)).as_posix()

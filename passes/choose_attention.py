@@ -89,8 +89,9 @@ def time_on_cuda(run: Callable[[], object], device: torch.device) -> float:
 def fastest(call: AttentionCall, timer: Timer = time_on_cuda) -> str | None:
     """The name of the fastest kernel for a call; None where none beats PyTorch's own choice."""
     with torch.no_grad():
+        generator = torch.Generator(call.device).manual_seed(0)  # the global one belongs to the user
         q, k, v = (
-            torch.empty_strided(shape, stride, dtype=call.dtype, device=call.device).normal_()
+            torch.empty_strided(shape, stride, dtype=call.dtype, device=call.device).normal_(generator=generator)
             for shape, stride in zip(call.shapes, call.strides, strict=True)
         )
         mask = None

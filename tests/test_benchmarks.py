@@ -24,6 +24,7 @@ from benchmarks.kernels import _union, profile_call
 from benchmarks.measure import StepTimer, plainly
 from benchmarks.pipelines import Stage
 from benchmarks.profile import category, profile_step
+from benchmarks.profiles import profiles_section, read_profiles
 from benchmarks.report import BEGIN, END, is_results, replace_section
 from benchmarks.report import main as report_main
 from benchmarks.roofline import Rates, contractions
@@ -281,13 +282,17 @@ def test_the_command_line_measures_and_resumes(tmp_path: Path) -> None:
     assert "no such arm: nonsense" in wrong.output
 
 
-def test_a_profile_says_where_the_time_of_a_shallow_step_goes() -> None:
+def test_a_profile_says_where_the_time_of_a_shallow_step_goes(tmp_path: Path) -> None:
     arms = all_arms()
     profile = profile_step(case("ours-eager", 2), arms["ours-eager"], "shallow")
     assert profile.calls.count > 10
     assert sum(seconds for _, seconds in profile.categories().values()) <= 1.01 * profile.calls.span
     assert profile.categories()["convolution"][0] >= 4
-    json.dumps(profile.to_dict())
+    (tmp_path / "profile-tiny.json").write_text(json.dumps(profile.to_dict()))
+    section = profiles_section(read_profiles(tmp_path))
+    assert section.startswith("### Shallow step of tiny 8x8, batch 1, fp32, ours-eager on ")
+    count = profile.categories()["convolution"][0]
+    assert f"| convolution | {count} |" in section
     with pytest.raises(ValueError, match="has no shallow step"):
         profile_step(case("eager", 2), arms["eager"], "shallow")
 

@@ -127,6 +127,12 @@ def test_what_the_graph_computes_stays() -> None:
     torch.testing.assert_close(after(*inputs)[0], expected, rtol=2e-2, atol=2e-2)
 
 
+def test_measuring_draws_no_number_of_the_users() -> None:
+    before = torch.get_rng_state()
+    choose(graph(), "flash")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_equal_calls_are_measured_once() -> None:
     times = 0
 

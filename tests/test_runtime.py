@@ -56,6 +56,13 @@ def test_caching_changes_the_result_a_little(unet: CompVisUNet) -> None:
     assert 0 < (actual - expected).norm() / expected.norm() < 0.1
 
 
+def test_capturing_draws_no_random_number(unet: CompVisUNet) -> None:
+    deepcache_fx.optimize(unet, backend="aot_eager")
+    before = torch.get_rng_state()
+    denoise(unet, TIMESTEPS[:4])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class ScalarReads(TorchDispatchMode):
     """Counts values read out of tensors: on a device, each waits for it."""
 
