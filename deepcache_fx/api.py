@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from deepcache_fx.attach import SchedulerWatch, attach, check_attachable, detach, original_class, runtime_of
+from deepcache_fx.calibrated import Calibrated
 from deepcache_fx.config import Branch, Options
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.report import Report
@@ -89,6 +90,8 @@ def optimize(
     module, pipeline = _resolve(target)
     check_attachable(module)
     check_disabled(wanted)
+    if isinstance(wanted.schedule, Calibrated):
+        wanted.schedule.check(module, getattr(pipeline, "scheduler", None))
     before = runtime_of(module)
     unchanged = before if before is not None and before.options == wanted else None
     runtime = unchanged or _replace(module, before, wanted)

@@ -1,4 +1,4 @@
-"""The command line: deepcache-fx compare, deepcache-fx plan.
+"""The command line: deepcache-fx compare, plan, draw and calibrate.
 
 A wrong argument is one line on stderr and exit code 2; Ctrl-C is exit code 130 and leaves no half-written file.
 """
@@ -80,6 +80,25 @@ def _branch(text: str) -> Branch:
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
+def _budget(text: str) -> float:
+    """A number of full steps, or a share below 1."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number", param_hint="--budget") from None
+
+
+def _orders(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} lists no numbers, as 0,1,2 does", param_hint="--forecast") from None
+
+
 @main.command()
 def compare(
     model: Annotated[str, typer.Option(help="A pipeline: a directory, or a name on the Hugging Face Hub.")],
@@ -154,6 +173,91 @@ def plan(
     from deepcache_fx.cli_plan import plan_command
 
     plan_command(model, height=height, width=width, batch=batch, dtype=dtype.value, json=json)
+
+
+@main.command()
+def draw(
+    model: Annotated[str, typer.Option(help="A preset, the directory of a pipeline or UNet, or a name on the Hub.")],
+    out: Annotated[Path, typer.Option(help="The picture, an SVG file.")] = Path("unet.svg"),
+    branch: Annotated[str, typer.Option(help="The skip connection to cut at: its number, or block,layer.")] = "0",
+    height: Annotated[int | None, typer.Option(min=1, help="Of the model's pictures, in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Of the model's pictures, in pixels.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples in one UNet call; guidance doubles them.")] = None,
+    dtype: Annotated[DtypeName, typer.Option(help="Decides the size of the cache.")] = DtypeName.float16,
+) -> None:
+    """Draw the UNet as an SVG file: what runs at every step, what is cached, what each part costs. Needs no weights."""
+    from deepcache_fx.cli_draw import draw_command
+
+    where = _branch(branch)
+    draw_command(model, out, branch=where, height=height, width=width, batch=batch, dtype=dtype.value)
+
+
+class MetricName(str, enum.Enum):
+    """What `calibrate` compares with the uncached run."""
+
+    latents = "latents"
+    images = "images"
+
+
+@main.command()
+def calibrate(
+    model: Annotated[str, typer.Option(help="A pipeline: a directory, or a name on the Hugging Face Hub.")],
+    out: Annotated[Path, typer.Option(help="The schedule, a JSON file. An interrupted search goes on from it.")],
+    budget: Annotated[
+        str | None, typer.Option(help="Full steps, as 17, or a share of the uncached arithmetic, as 0.4.")
+    ] = None,
+    target_error: Annotated[
+        float | None, typer.Option(help="Instead of a budget: as few full steps as keep the error below this.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Repeat it: 16 or more are best. Otherwise: the model's prompts.json.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps; the schedule is for this number alone.")] = 50,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, pndm, euler, dpm++, unipc, lcm, ...; the model's own if not given.")
+    ] = None,
+    forecast: Annotated[str, typer.Option(help="Orders of the forecast to choose from.")] = "0,1,2",
+    branch: Annotated[str, typer.Option(help="The skip connection: its number, or block,layer.")] = "0",
+    metric: Annotated[MetricName, typer.Option(help="What is compared.")] = MetricName.latents,
+    trials: Annotated[int, typer.Option(min=1, help="How many schedules may be tried.")] = 100,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; all of them if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Prompt number i starts from the noise of seed + i.")] = 0,
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Default: float16 on CUDA, float32 elsewhere.", show_default=False)
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help='Which weights to load, as in "fp16".')] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, eager, inductor, or another torch.compile backend.")] = "auto",
+    guidance_scale: Annotated[float | None, typer.Option(help="The pipeline's own if not given.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
+) -> None:
+    """Search for the full steps that bring a model's images closest to the uncached ones, at a given cost."""
+    from deepcache_fx.cli_calibrate import CalibrationRequest, calibrate_command
+
+    given = {"guidance_scale": guidance_scale, "height": height, "width": width}
+    calibrate_command(
+        CalibrationRequest(
+            model=model,
+            prompts=tuple(prompt or ()),
+            budget=_budget(budget) if budget is not None else None,
+            target_error=target_error,
+            forecast=_orders(forecast),
+            branch=_branch(branch),
+            metric=metric.value,
+            trials=trials,
+            batch_size=batch_size,
+            backend=backend,
+            scheduler=scheduler,
+            steps=steps,
+            seed=seed,
+            dtype=dtype.value if dtype is not None else None,
+            variant=variant,
+            device=device,
+            call_arguments={name: value for name, value in given.items() if value is not None},
+            out=out,
+        )
+    )
 
 
 if __name__ == "__main__":

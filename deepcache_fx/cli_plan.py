@@ -57,7 +57,9 @@ def plan_command(
         preset = PRESETS.get(model)
         config, scale = (preset.config, preset.scale) if preset else read_model(model)
         unet = build_unet(config, dtype=DTYPES[dtype])
-        sizes = dict(batch=batch, height=_latent("height", height, scale), width=_latent("width", width, scale))
+        sizes = dict(
+            batch=batch, height=latent_pixels("height", height, scale), width=latent_pixels("width", width, scale)
+        )
         given = {name: size for name, size in sizes.items() if size is not None}
         inputs = preset.inputs(unet, **given) if preset else example_inputs(unet, **given)
         status.update(f"capturing {type(unet).__name__}")
@@ -106,7 +108,7 @@ def _read_config(where: str, folder: str | None) -> Mapping[str, Any]:
     return config
 
 
-def _latent(name: str, pixels: int | None, scale: int) -> int | None:
+def latent_pixels(name: str, pixels: int | None, scale: int) -> int | None:
     if pixels is None:
         return None
     if pixels % scale:

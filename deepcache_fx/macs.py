@@ -73,7 +73,7 @@ def node_macs(node: fx.Node) -> Macs:
         return Macs(dense=output.numel() * weight[1:].numel())
     if packet in (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d):
         return Macs(dense=_shape(node.args[0]).numel() * _shape(node.args[1])[1:].numel())
-    if packet in (aten.matmul, aten.mm, aten.bmm):
+    if packet in (aten.matmul, aten.mm, aten.bmm, aten._int_mm):
         return _product(node, node.meta["val"].numel() * _shape(node.args[0])[-1])
     if packet in (aten.addmm, aten.baddbmm):
         return _product(node, node.meta["val"].numel() * _shape(node.args[1])[-1], first=1)

@@ -187,7 +187,7 @@ def plan(
     )
     if not branches:
         raise BranchError(f"{model_class.__name__} has no skip connection: DeepCache needs a U-Net")
-    shapes = ", ".join(_shapes(call.arguments))
+    shapes = ", ".join(input_shapes(call.arguments))
     return Plan(model_class.__name__, shapes, str(call.sample.dtype).split(".")[-1], full, branches, intervals)
 
 
@@ -206,13 +206,13 @@ def _branch_plan(graph: fx.Graph, branch: SkipConnection, full: Macs, hoisted: C
     )
 
 
-def _shapes(arguments: Mapping[str, Any], prefix: str = "") -> list[str]:
+def input_shapes(arguments: Mapping[str, Any], prefix: str = "") -> list[str]:
     found = []
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor):
             found.append(f"{prefix}{name} {'x'.join(map(str, value.shape)) or 'scalar'}")
         elif isinstance(value, Mapping):
-            found += _shapes(value, f"{name}.")
+            found += input_shapes(value, f"{name}.")
     return found
 
 

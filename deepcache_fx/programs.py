@@ -21,7 +21,7 @@ class DeepFeature:
 
     `steps` are those of the refreshes, newest first. `values` are as many tuples, again with the oldest repeated to
     make up the number that a forecast reads; None while they live in static buffers that several calls share (see
-    `cuda_graphs.Recorded`).
+    `recorded.Recorded`).
     """
 
     __slots__ = ("__weakref__", "steps", "values")

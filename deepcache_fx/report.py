@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from passes import PassRecord
@@ -32,6 +33,8 @@ class CaptureReport:
     """Per variant, the duration of its first call: compilation, recording and one step."""
     cuda_graphs: str = "off"
     """Whether its steps are replays of recorded CUDA graphs, or why not."""
+    graphs: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Its variants as readable Python, written when asked for (see `listing`)."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,21 @@ class Report:
         """True where at least one shallow step ran."""
         return self.shallow_calls > 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        import dataclasses
+    @property
+    def graphs(self) -> tuple[Mapping[str, str], ...]:
+        """Per signature, what runs as readable Python: "full" and "shallow", and their "_prompt" stages."""
+        return tuple(item.graphs for item in self.signatures)
 
-        return {**dataclasses.asdict(self), "engaged": self.engaged}
+    def to_dict(self, *, graphs: bool = False) -> dict[str, Any]:
+        """Plain values, ready for JSON; `graphs` adds the text of every graph, which is long."""
+        bare = replace(self, signatures=tuple(replace(item, graphs={}) for item in self.signatures))
+        values = {**asdict(bare), "engaged": self.engaged}
+        for item, listed in zip(values["signatures"], self.graphs, strict=True):
+            if graphs:
+                item["graphs"] = dict(listed)
+            else:
+                del item["graphs"]
+        return values
 
     def __str__(self) -> str:
         calls = self.full_calls + self.shallow_calls

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,10 +16,14 @@ from deepcache_fx import memory_format
 from deepcache_fx.capture import CAPTURE_LOCK, Captured, capture
 from deepcache_fx.compile import compile_variant, pick_backend
 from deepcache_fx.config import Options
-from deepcache_fx.cuda_graphs import RECORDERS, Recorded, Recorder
+from deepcache_fx.cuda_graphs import RECORDERS, Recorder
 from deepcache_fx.errors import DeepCacheError, ScheduleError
 from deepcache_fx.fingerprint import fingerprint
+from deepcache_fx.listing import Listings
+from deepcache_fx.macs import total_macs
+from deepcache_fx.only import Only
 from deepcache_fx.programs import Called, DeepFeature, Programs, PromptStage, PromptValues, Values
+from deepcache_fx.recorded import Recorded
 from deepcache_fx.report import CaptureReport, Counts, Report
 from deepcache_fx.signature import Call, CallReader, UnsupportedInput
 from deepcache_fx.skips import find_skip_connections, pick_branch
@@ -42,7 +46,7 @@ DEFAULT_PASSES: tuple[Pass, ...] = (Canonicalize(), FoldConstants(), MergeEqual(
 """Exact passes, in order, applied to the captured graph before the split."""
 
 LAST_PASSES: tuple[Pass, ...] = (FuseLinears(), ChooseAttention())
-"""Those of them that run after the user's, which match the plain operators."""
+"""Those of them that run on each variant's step: after the user's passes, which match the plain operators."""
 
 
 @dataclass
@@ -287,6 +291,7 @@ class Runtime:
             variants = split(
                 captured, branch, rates=rates, prompt_inputs=call.prompt_inputs, forecast=self.options.forecast
             )
+            variants, more = finish(variants, self.options)
             programs = self._make_programs(variants, call)
         except DeepCacheError:
             if not self.counts.captures:
@@ -301,7 +306,7 @@ class Runtime:
             variants,
             {name: stage for name, stage in prompts.items() if stage is not None},
             programs,
-            records,
+            (*records, *more),
             inputs,
             time.perf_counter() - started,
         )
@@ -349,6 +354,7 @@ class Runtime:
                 passes=entry.passes,
                 first_call_seconds=dict(entry.programs.first_call_seconds),
                 cuda_graphs=entry.programs.cuda_graphs(),
+                graphs=Listings(entry.variants),
             )
             for entry in tuple(self._entries.values())
         )
@@ -385,18 +391,39 @@ def check_disabled(options: Options) -> None:
 
 
 def apply_passes(captured: Captured, options: Options) -> tuple[Captured, tuple[PassRecord, ...]]:
-    """Run the default passes that are not disabled, and the user's among them.
+    """Run the default passes that are not disabled, then the user's, on what was captured.
 
     Raises:
         DeepCacheError: a pass failed (named), or `disable` names no default pass.
     """
     check_disabled(options)
-    first, last = ([p for p in group if options.uses(pass_name(p))] for group in (DEFAULT_PASSES, LAST_PASSES))
+    first = [item for item in DEFAULT_PASSES if options.uses(pass_name(item))]
+    own = [item for item in options.passes if not isinstance(item, Only)]
     try:
-        graph, records = run_passes(captured.graph, (*first, *options.passes, *last))
+        graph, records = run_passes(captured.graph, (*first, *own))
     except PassError as error:
         raise DeepCacheError(str(error)) from error
     return captured.with_graph(graph), records
+
+
+def finish(variants: Variants, options: Options) -> tuple[Variants, tuple[PassRecord, ...]]:
+    """Run the user's passes for one variant alone, and the last default ones, on each variant's step.
+
+    Raises:
+        DeepCacheError: a pass failed (named).
+    """
+    last = [item for item in LAST_PASSES if options.uses(pass_name(item))]
+    everything: list[PassRecord] = []
+    steps: dict[str, Variant] = {}
+    for name, variant in (("full", variants.full), ("shallow", variants.shallow)):
+        own = [item.item for item in options.passes if isinstance(item, Only) and item.variant == name]
+        try:
+            step, records = run_passes(variant.step, (*own, *last))
+        except PassError as error:
+            raise DeepCacheError(f"{name} variant: {error}") from error
+        steps[name] = replace(variant, step=step, macs=total_macs(step.graph.nodes))
+        everything += [replace(record, name=f"{record.name} ({name})") for record in records]
+    return replace(variants, full=steps["full"], shallow=steps["shallow"]), tuple(everything)
 
 
 def _prompt_stage(variant: Variant) -> PromptStage | None:

@@ -7,11 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from deepcache_fx.errors import ScheduleError
+
+if TYPE_CHECKING:
+    from deepcache_fx.calibrated import Calibrated
 
 
 class Schedule(ABC):
@@ -27,6 +31,17 @@ class Schedule(ABC):
     def full_steps(self, num_steps: int) -> list[int]:
         """The full steps of a run of `num_steps` steps, in order. Step 0 is always one of them."""
         return [step for step in range(num_steps) if step == 0 or self.is_full(step, num_steps)]
+
+    @staticmethod
+    def load(path: str | Path) -> Calibrated:
+        """The schedule in a JSON file that `deepcache_fx.calibrate` or `Calibrated.save` wrote.
+
+        Raises:
+            ScheduleError: naming what is wrong with the file, or that its search has not been finished.
+        """
+        from deepcache_fx.calibrated_file import load
+
+        return load(path)
 
 
 def _positive_int(name: str, value: object) -> int:

@@ -13,6 +13,7 @@ import torch
 
 import deepcache_fx
 from deepcache_fx import DeepCacheError, cuda_graphs
+from deepcache_fx import recorded as recorded_module
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
 
@@ -251,7 +252,7 @@ def test_out_of_memory_for_the_buffers_leaves_called_programs(monkeypatch: pytes
         raise torch.OutOfMemoryError("tried to allocate")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_graphs, "_Input", no_memory)
+        patch.setattr(recorded_module, "_Input", no_memory)
         denoise(unet, TIMESTEPS[:2])
     assert torch.equal(denoise(unet, TIMESTEPS), expected)
     assert says(unet) == ["not recorded: buffers: OutOfMemoryError: tried to allocate"]
