@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from deepcache_fx.capture import refuse_layerwise_offload
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.runtime import Runtime
 
@@ -98,6 +99,7 @@ def check_attachable(module: torch.nn.Module) -> None:
         raise DeepCacheError(
             "compile() was called on this UNet: load it anew. optimize() compiles the two variants itself"
         )
+    refuse_layerwise_offload(module)
     replaced = module.__dict__.get("forward")
     if replaced is not None and "_old_forward" not in module.__dict__ and not _is_own_forward(module):
         name = getattr(replaced, "__qualname__", repr(replaced))

@@ -13,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from deepcache_fx.errors import CaptureError
+from deepcache_fx.errors import CaptureError, DeepCacheError
 from deepcache_fx.signature import Call, CallReader
 
 CAPTURE_LOCK = threading.RLock()
@@ -94,6 +94,18 @@ def capture(
     out_spec = graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     flat = _flatten_border(graph_module, len(call.tensors))
     return Captured(flat, out_spec)
+
+
+def refuse_layerwise_offload(module: torch.nn.Module) -> None:
+    """Raise a DeepCacheError where accelerate brings weights in and out within a call."""
+    for name, sub in module.named_modules():
+        hook = sub.__dict__.get("_hf_hook")
+        if any(getattr(single, "offload", False) is True for single in getattr(hook, "hooks", (hook,))):
+            raise DeepCacheError(
+                f"the weights of {type(module).__name__} are offloaded layer by layer ({name or 'the model itself'}): "
+                "sequential offload brings them in and out within a call, which no graph of the whole can follow. Use "
+                "enable_model_cpu_offload instead of enable_sequential_cpu_offload"
+            )
 
 
 def _is_functional(graph: fx.Graph) -> bool:

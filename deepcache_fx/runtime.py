@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from deepcache_fx import memory_format
-from deepcache_fx.capture import CAPTURE_LOCK, Captured, capture
+from deepcache_fx.capture import CAPTURE_LOCK, Captured, capture, refuse_layerwise_offload
 from deepcache_fx.compile import compile_variant, pick_backend
 from deepcache_fx.config import Options
 from deepcache_fx.cuda_graphs import RECORDERS, Recorder
@@ -180,7 +180,7 @@ class Runtime:
         for watch in self._watches:
             watch()
         position = position_of(call.timestep)
-        if call.timestep is not None and state.tracker.needs_value(position):
+        if call.timestep is not None and call.timestep.numel() and state.tracker.needs_value(position):
             self.counts.syncs += 1
             position = value_position(call.timestep)
         tick = state.tracker.observe(position, call.timestep, call.sample)
@@ -283,6 +283,7 @@ class Runtime:
         started = time.perf_counter()
         device = call.sample.device
         try:
+            refuse_layerwise_offload(module)
             captured = capture(module, call, self.reader, self.model_class)
             captured, records = apply_passes(captured, self.options)
             branches = find_skip_connections(captured.graph.graph)

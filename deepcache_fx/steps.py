@@ -122,7 +122,8 @@ class StepTracker:
             return self._next_step() if self._hooked and self._stepped else self._next_call(sample)
         # Backwards (or NaN). A sequence that only ever goes backwards turns the sense of direction around.
         direction = -self._direction if self._step == 0 and not math.isnan(move) else None
-        return self._begin(position, direction=direction)
+        # The scheduler's `step` was heard since the last call: it still tells the steps, and how many there are.
+        return self._begin(position, hooked=self._hooked and self._stepped, direction=direction)
 
     def _begin(
         self,
