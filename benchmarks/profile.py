@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.arms import Arm, all_arms
+from benchmarks.call_profile import CallProfile, CallProfiler
 from benchmarks.cases import Case
 from benchmarks.environment import environment
-from benchmarks.kernels import CallProfile, CallProfiler
 from benchmarks.measure import StepTimer
 from benchmarks.pipelines import Stage
 from benchmarks.setup import Settings, set_up

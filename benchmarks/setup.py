@@ -16,9 +16,9 @@ from typing import Any
 from torch._inductor.utils import clear_caches
 
 from benchmarks.arms import Arm, Prepared, all_arms
+from benchmarks.call_profile import CallProfiler
 from benchmarks.cases import Case, Quantiles
 from benchmarks.environment import ROOT
-from benchmarks.kernels import CallProfiler
 from benchmarks.measure import HostTimer, memory, plainly, reset_peak, timed
 from benchmarks.pipelines import Stage
 from benchmarks.store import from_dict

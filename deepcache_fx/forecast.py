@@ -20,7 +20,7 @@ from passes.rewrite import add_call
 aten = torch.ops.aten
 
 
-def coefficients(step: int, refreshes: Sequence[int], order: int) -> tuple[float, ...]:
+def coefficients(step: float, refreshes: Sequence[float], order: int) -> tuple[float, ...]:
     """The weights of the last refreshes at a step, newest first; `order` + 1 of them, and 0 where there is no refresh.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -183,13 +183,15 @@ class Custom(Schedule):
     """A user's function: `function(step)` or `function(step, num_steps)` returns True where the step is full."""
 
     function: Callable[..., object]
+    _takes_num_steps: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_takes_num_steps", _takes_num_steps(self.function))
 
     def is_full(self, step: int, num_steps: int | None) -> bool:
-        arguments = (step, num_steps) if _takes_num_steps(self.function) else (step,)
-        return bool(self.function(*arguments))
+        return bool(self.function(step, num_steps) if self._takes_num_steps else self.function(step))
 
 
-@lru_cache(maxsize=64)
 def _takes_num_steps(function: Callable[..., object]) -> bool:
     try:
         inspect.signature(function).bind(0, None)

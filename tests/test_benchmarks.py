@@ -18,9 +18,9 @@ import benchmarks.runner
 import benchmarks.setup
 import benchmarks.subjects
 from benchmarks.arms import Arm, Prepared, all_arms
+from benchmarks.call_profile import _union, profile_call
 from benchmarks.cases import Case, Derived, Measured, Quantiles, Result, Work, derive, over
 from benchmarks.environment import environment
-from benchmarks.kernels import _union, profile_call
 from benchmarks.measure import StepTimer, plainly
 from benchmarks.pipelines import Stage
 from benchmarks.profile import category, profile_step

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import deepcache_fx
 from benchmarks.fidelity.__main__ import main as fidelity_main
-from benchmarks.fidelity.arms import Setting, all_arms, equal_macs_steps, select, uniform_calls
+from benchmarks.fidelity.arms import all_arms, equal_macs_steps, select
 from benchmarks.fidelity.cases import SAMPLERS, Case, Outcome, Row, RowsFile, Scores, is_rows_file, read_rows
 from benchmarks.fidelity.class_conditional import ClassConditionalPipeline, load
 from benchmarks.fidelity.judges import fashion_judge, hub_judge, load_inception
@@ -28,6 +28,7 @@ from benchmarks.fidelity.metrics import PairDistance, SetDistance, coverage
 from benchmarks.fidelity.models import Model, UNetCost, load_model
 from benchmarks.fidelity.plots import pareto
 from benchmarks.fidelity.report import grouped, newest, write_report
+from benchmarks.fidelity.setting import Setting, uniform_calls
 from benchmarks.fidelity.sweep import Sweep, Times, batches
 from benchmarks.fidelity.targets import targets
 from benchmarks.report import is_results

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,18 @@ def test_steps_always_holds_step_zero() -> None:
 def test_a_function_of_step_or_of_step_and_number_is_a_schedule() -> None:
     assert Custom(lambda step: step in (2, 3)).full_steps(5) == [0, 2, 3]
     assert as_schedule(lambda step, num_steps: step == num_steps - 1).full_steps(5) == [0, 4]
+
+
+def test_a_callable_object_need_not_be_hashable() -> None:
+    @dataclass
+    class Every:
+        interval: int
+
+        def __call__(self, step: int) -> bool:
+            return step % self.interval == 0
+
+    assert as_schedule(Every(2)).full_steps(5) == [0, 2, 4]
+    assert as_schedule(Every(2)) == as_schedule(Every(2)) != as_schedule(Every(3))
 
 
 @pytest.mark.parametrize("bad", [0, -1, 2.5, "3", True, None])

@@ -101,7 +101,8 @@ class Request:
         embedded = name in DIRECTORIES
         default = sensible(model.device, embedded)
         known = all_arms()
-        chosen = list(known) if self.arms == "all" else names(self.arms, known, "arm")
+        usual = [name for name, arm in known.items() if arm.usual]
+        chosen = usual if self.arms == "all" else names(self.arms, known, "arm")
         judge = fashion_judge(model) if embedded else hub_judge(model, self.clip, self.reference)
         lpips, why = load_lpips(model.device)
         if why:

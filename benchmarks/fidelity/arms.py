@@ -4,51 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 import deepcache_fx
 from benchmarks.fidelity.cases import Case
-from benchmarks.fidelity.models import Model, UNetCost
+from benchmarks.fidelity.setting import Arm, Setting, uniform_calls
+from benchmarks.fidelity.variations import variations
 
 ORDERS = (1, 2)
 """Of the forecast of the cached feature. Order 0 is repeating it."""
 CALIBRATION_IMAGES = 16
 CALIBRATION_TRIALS = 40
 """Schedules tried: about what 15 uncached runs of those images take at 1:3."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A case and what an arm needs to know to set itself up."""
-
-    model: Model
-    case: Case
-    cost: UNetCost
-    work: Path = Path("build/fidelity/calibrated")
-    """Where an interrupted calibration goes on from."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to make images."""
-
-    name: str
-    about: str
-    applied: Callable[[Setting], AbstractContextManager[Any]]
-    """The model made to work this way, for the length of a with block."""
-    cached: bool = True
-    """True where `deepcache_fx.report` tells the calls and their MACs."""
-    timed: bool = True
-    """False where the time is not that of the method."""
-    intervals: bool = True
-    """False where there is one row for all intervals."""
-    steps: Callable[[Setting], int] = lambda setting: setting.case.steps
-    calls: Callable[[Setting, str], str] = lambda setting, calls: calls
-    """(setting, the calls made, all full) -> those that count; for arms that are not `cached`."""
 
 
 @contextmanager
@@ -92,6 +62,7 @@ def all_arms() -> dict[str, Arm]:
             timed=False,
             calls=lambda s, calls: uniform_calls(len(calls), s.case.interval),
         ),
+        *variations(),
     ]
     return {arm.name: arm for arm in arms}
 
@@ -99,11 +70,6 @@ def all_arms() -> dict[str, Arm]:
 def power(case: Case) -> deepcache_fx.Power:
     """The published setting for 50 steps (power 1.4 around step 15), its center in proportion."""
     return deepcache_fx.Power(case.interval, power=1.4, center=round(0.3 * case.steps))
-
-
-def uniform_calls(steps: int, interval: int) -> str:
-    """The UNet calls of a uniform 1:N run, F full and s shallow."""
-    return "".join("s" if step % interval else "F" for step in range(steps))
 
 
 def equal_macs_steps(setting: Setting) -> int:

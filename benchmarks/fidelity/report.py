@@ -6,7 +6,7 @@ import importlib.util
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,7 +171,7 @@ def write_report(results: Path, docs: Path, work: Path) -> int:
         "# Fidelity",
         f"Made by `{COMMAND}` from the JSON files in benchmarks/results.",
         INTRODUCTION,
-        arms_section(),
+        arms_section({row.case.arm for row in rows}),
     ]
     for group, members in grouped(rows).items():
         plot, images = pictures / f"{slug(group)}.png", pictures / f"{slug(group)}-sheet.png"
@@ -183,6 +183,6 @@ def write_report(results: Path, docs: Path, work: Path) -> int:
     return len(rows)
 
 
-def arms_section() -> str:
-    """What the arms are."""
-    return markdown(("arm", "what it is"), [(arm.name, arm.about) for arm in all_arms().values()])
+def arms_section(names: Collection[str]) -> str:
+    """What these arms are."""
+    return markdown(("arm", "what it is"), [(arm.name, arm.about) for arm in all_arms().values() if arm.name in names])

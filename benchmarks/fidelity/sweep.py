@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import deepcache_fx
 from benchmarks.cases import Quantiles
-from benchmarks.fidelity.arms import Arm, Setting
 from benchmarks.fidelity.cases import Case, Outcome, Row, RowsFile
 from benchmarks.fidelity.clock import CallTimer
 from benchmarks.fidelity.judges import Judge
 from benchmarks.fidelity.metrics import PairDistance
 from benchmarks.fidelity.models import Model, UNetCost
+from benchmarks.fidelity.setting import Arm, Setting
 from benchmarks.runner import describe
 from deepcache_fx.errors import DeepCacheError
 
