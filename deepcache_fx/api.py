@@ -8,12 +8,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from deepcache_fx.assemble import check_disabled
 from deepcache_fx.attach import SchedulerWatch, attach, check_attachable, detach, original_class, runtime_of
 from deepcache_fx.calibrated import Calibrated
 from deepcache_fx.config import Branch, Options
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.report import Report
-from deepcache_fx.runtime import Runtime, check_disabled
+from deepcache_fx.runtime import Runtime
 from deepcache_fx.signature import ExampleInputs, UnsupportedInput
 
 T = TypeVar("T")

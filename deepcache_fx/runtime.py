@@ -7,60 +7,24 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from deepcache_fx import memory_format
-from deepcache_fx.capture import CAPTURE_LOCK, Captured, capture, refuse_layerwise_offload
-from deepcache_fx.compile import compile_variant, pick_backend
+from deepcache_fx.assemble import Entry, assemble
+from deepcache_fx.capture import CAPTURE_LOCK, capture, refuse_layerwise_offload
+from deepcache_fx.compile import pick_backend
 from deepcache_fx.config import Options
-from deepcache_fx.cuda_graphs import RECORDERS, Recorder
+from deepcache_fx.cuda_graphs import Recorder
 from deepcache_fx.errors import DeepCacheError, ScheduleError
 from deepcache_fx.fingerprint import fingerprint
 from deepcache_fx.listing import Listings
-from deepcache_fx.macs import total_macs
-from deepcache_fx.only import Only
-from deepcache_fx.programs import Called, DeepFeature, Programs, PromptStage, PromptValues, Values
-from deepcache_fx.recorded import Recorded
+from deepcache_fx.programs import DeepFeature, PromptValues, Values
 from deepcache_fx.report import CaptureReport, Counts, Report
 from deepcache_fx.signature import Call, CallReader, UnsupportedInput
-from deepcache_fx.skips import find_skip_connections, pick_branch
-from deepcache_fx.split import RATES, Variant, Variants, split
 from deepcache_fx.steps import StepTracker, Tick, position_of, value_position
-from passes import (
-    Canonicalize,
-    ChooseAttention,
-    FoldConstants,
-    FuseLinears,
-    MergeEqual,
-    Pass,
-    PassError,
-    PassRecord,
-    pass_name,
-    run_passes,
-)
-
-DEFAULT_PASSES: tuple[Pass, ...] = (Canonicalize(), FoldConstants(), MergeEqual())
-"""Exact passes, in order, applied to the captured graph before the split."""
-
-LAST_PASSES: tuple[Pass, ...] = (FuseLinears(), ChooseAttention())
-"""Those of them that run on each variant's step: after the user's passes, which match the plain operators."""
-
-
-@dataclass
-class Entry:
-    """One signature: its captured graph, split and compiled."""
-
-    captured: Captured
-    variants: Variants
-    prompts: Mapping[str, PromptStage]
-    """By variant, where it has such a stage."""
-    programs: Programs
-    passes: tuple[PassRecord, ...]
-    inputs: str
-    seconds: float
 
 
 @dataclass
@@ -281,60 +245,18 @@ class Runtime:
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
-        device = call.sample.device
         try:
             refuse_layerwise_offload(module)
             captured = capture(module, call, self.reader, self.model_class)
-            captured, records = apply_passes(captured, self.options)
-            branches = find_skip_connections(captured.graph.graph)
-            branch = pick_branch(branches, self.options.branch, self.model_class.__name__)
-            rates = [name for name in RATES if self.options.uses(name)]
-            variants = split(
-                captured, branch, rates=rates, prompt_inputs=call.prompt_inputs, forecast=self.options.forecast
-            )
-            variants, more = finish(variants, self.options)
-            programs = self._make_programs(variants, call)
+            entry = assemble(captured, call, self.options, self.model_class.__name__, self._recorders)
         except DeepCacheError:
             if not self.counts.captures:
                 self.on_first_failure(module)
             raise
         self.counts.captures += 1
-        self.device = device
-        inputs = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors)
-        prompts = {"full": _prompt_stage(variants.full), "shallow": _prompt_stage(variants.shallow)}
-        return Entry(
-            captured,
-            variants,
-            {name: stage for name, stage in prompts.items() if stage is not None},
-            programs,
-            (*records, *more),
-            inputs,
-            time.perf_counter() - started,
-        )
-
-    def _make_programs(self, variants: Variants, call: Call) -> Programs:
-        device = call.sample.device
-        why_not = _why_not_recorded(self.options, call)
-        called = Called(
-            full_program=compile_variant(variants.full.step, self.options, device),
-            shallow_program=compile_variant(variants.shallow.step, self.options, device),
-            num_outputs=variants.num_outputs,
-            order=self.options.forecast,
-            why_not_recorded=why_not or "off",
-        )
-        if why_not is not None:
-            return called
-        recorder = self._recorders.get(device)
-        if recorder is None:
-            recorder = self._recorders[device] = RECORDERS[device.type](device)
-        steps = {"full": variants.full.step, "shallow": variants.shallow.step}
-        return Recorded(
-            called,
-            recorder,
-            {name: (*graph.parameters(), *graph.buffers()) for name, graph in steps.items()},
-            variants.cache,
-            device,
-        )
+        self.device = call.sample.device
+        entry.seconds = time.perf_counter() - started
+        return entry
 
     def report(self) -> Report:
         """The totals so far, and the last run of the calling thread."""
@@ -374,77 +296,6 @@ class Runtime:
             last_run="".join(self._state.trace),
             signatures=signatures,
         )
-
-
-def default_names() -> list[str]:
-    """What `disable` takes: the default passes and the rates."""
-    return [*map(pass_name, (*DEFAULT_PASSES, *LAST_PASSES)), *RATES]
-
-
-def check_disabled(options: Options) -> None:
-    """Raise a DeepCacheError where `disable` names neither a default pass nor a rate."""
-    known = default_names()
-    unknown = set(options.disable) - {*known, "all"}
-    if unknown:
-        raise DeepCacheError(
-            f"disable names no default pass: {', '.join(sorted(unknown))}; there are: {', '.join(known)}"
-        )
-
-
-def apply_passes(captured: Captured, options: Options) -> tuple[Captured, tuple[PassRecord, ...]]:
-    """Run the default passes that are not disabled, then the user's, on what was captured.
-
-    Raises:
-        DeepCacheError: a pass failed (named), or `disable` names no default pass.
-    """
-    check_disabled(options)
-    first = [item for item in DEFAULT_PASSES if options.uses(pass_name(item))]
-    own = [item for item in options.passes if not isinstance(item, Only)]
-    try:
-        graph, records = run_passes(captured.graph, (*first, *own))
-    except PassError as error:
-        raise DeepCacheError(str(error)) from error
-    return captured.with_graph(graph), records
-
-
-def finish(variants: Variants, options: Options) -> tuple[Variants, tuple[PassRecord, ...]]:
-    """Run the user's passes for one variant alone, and the last default ones, on each variant's step.
-
-    Raises:
-        DeepCacheError: a pass failed (named).
-    """
-    last = [item for item in LAST_PASSES if options.uses(pass_name(item))]
-    everything: list[PassRecord] = []
-    steps: dict[str, Variant] = {}
-    for name, variant in (("full", variants.full), ("shallow", variants.shallow)):
-        own = [item.item for item in options.passes if isinstance(item, Only) and item.variant == name]
-        try:
-            step, records = run_passes(variant.step, (*own, *last))
-        except PassError as error:
-            raise DeepCacheError(f"{name} variant: {error}") from error
-        steps[name] = replace(variant, step=step, macs=total_macs(step.graph.nodes))
-        everything += [replace(record, name=f"{record.name} ({name})") for record in records]
-    return replace(variants, full=steps["full"], shallow=steps["shallow"]), tuple(everything)
-
-
-def _prompt_stage(variant: Variant) -> PromptStage | None:
-    if variant.prompt is None:
-        return None
-    weights = (*variant.prompt.parameters(), *variant.prompt.buffers())
-    return PromptStage(variant.prompt.forward, variant.prompt_inputs, weights)
-
-
-def _why_not_recorded(options: Options, call: Call) -> str | None:
-    """Why a call's programs are not to be recorded as CUDA graphs, or None."""
-    device = call.sample.device
-    if options.cuda_graphs is False:
-        return "off: cuda_graphs=False"
-    if device.type not in RECORDERS:
-        return f"off: the model runs on {device}"
-    if options.cuda_graphs == "auto" and pick_backend(options, device) == "eager":
-        return "off: the backend is eager (cuda_graphs=True records it all the same)"
-    elsewhere = [t.device for t in call.tensors if t.device != device]
-    return f"off: an input lies on {elsewhere[0]}, the sample on {device}" if elsewhere else None
 
 
 def _why_original(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
