@@ -117,9 +117,14 @@ class CallReader:
             raise DeepCacheError(f"example_inputs do not fit {type(module).__name__}: {error}") from error
 
     def rebuild(self, call: Call, tensors: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call's (args, kwargs), without self, with dictionaries sorted and its tensors replaced in order."""
+        """The call's (args, kwargs), without self, with dictionaries sorted and its tensors replaced in order.
+
+        By name all but the first, as pipelines do: diffusers looks for a LoRA's scale among the keywords alone.
+        """
         remaining = iter(tensors)
         arguments = {name: _replace(value, remaining) for name, value in call.arguments.items()}
+        if self._plain:
+            return (arguments.pop(self.sample_name),), arguments
         parameters = [p for p in self._parameters if p.name in arguments]
         bound = inspect.BoundArguments(inspect.Signature(parameters), arguments)
         return bound.args, bound.kwargs
