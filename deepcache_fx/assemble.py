@@ -6,6 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import fx
 
 from deepcache_fx.capture import Captured
 from deepcache_fx.compile import compile_variant, pick_backend
@@ -53,6 +54,10 @@ class Entry:
     seconds: float = 0.0
     """Of all that made it, the capture included."""
 
+    def release(self) -> None:
+        """Give recorded graphs back."""
+        self.programs.release()
+
 
 def assemble(
     captured: Captured, call: Call, options: Options, model: str, recorders: MutableMapping[torch.device, Recorder]
@@ -67,7 +72,7 @@ def assemble(
     rates = [name for name in RATES if options.uses(name)]
     variants = split(captured, branch, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.forecast)
     variants, more = finish(variants, options)
-    prompts = {"full": _prompt_stage(variants.full), "shallow": _prompt_stage(variants.shallow)}
+    prompts = {"full": prompt_stage(variants.full), "shallow": prompt_stage(variants.shallow)}
     return Entry(
         captured,
         variants,
@@ -129,18 +134,18 @@ def finish(variants: Variants, options: Options) -> tuple[Variants, tuple[PassRe
     return replace(variants, full=steps["full"], shallow=steps["shallow"]), tuple(everything)
 
 
-def _prompt_stage(variant: Variant) -> PromptStage | None:
+def prompt_stage(variant: Variant) -> PromptStage | None:
+    """What runs once per prompt, before a variant's steps."""
     if variant.prompt is None:
         return None
-    weights = (*variant.prompt.parameters(), *variant.prompt.buffers())
-    return PromptStage(variant.prompt.forward, variant.prompt_inputs, weights)
+    return PromptStage(variant.prompt.forward, variant.prompt_inputs, _weights(variant.prompt))
 
 
 def _programs(
     variants: Variants, call: Call, options: Options, recorders: MutableMapping[torch.device, Recorder]
 ) -> Programs:
     device = call.sample.device
-    why_not = _why_not_recorded(options, call)
+    why_not = why_not_recorded(options, call)
     called = Called(
         full_program=compile_variant(variants.full.step, options, device),
         shallow_program=compile_variant(variants.shallow.step, options, device),
@@ -150,19 +155,37 @@ def _programs(
     )
     if why_not is not None:
         return called
+    weights = {name: _weights(item.step) for name, item in (("full", variants.full), ("shallow", variants.shallow))}
+    return Recorded(called, _recorder(device, recorders), weights, variants.cache, device)
+
+
+def single_program(
+    step: fx.GraphModule,
+    options: Options,
+    device: torch.device,
+    why_not: str | None,
+    recorders: MutableMapping[torch.device, Recorder],
+) -> Programs:
+    """A graph that caches nothing, compiled and recorded as `options` say. Only `full` of it is to be called."""
+    program = compile_variant(step, options, device)
+    outputs = step.graph.output_node().args[0]
+    called = Called(program, program, len(outputs), why_not_recorded=why_not or "off")  # type: ignore[arg-type]
+    if why_not is not None:
+        return called
+    return Recorded(called, _recorder(device, recorders), {"full": _weights(step), "shallow": ()}, (), device)
+
+
+def _recorder(device: torch.device, recorders: MutableMapping[torch.device, Recorder]) -> Recorder:
     if device not in recorders:
         recorders[device] = RECORDERS[device.type](device)
-    steps = {"full": variants.full.step, "shallow": variants.shallow.step}
-    return Recorded(
-        called,
-        recorders[device],
-        {name: (*graph.parameters(), *graph.buffers()) for name, graph in steps.items()},
-        variants.cache,
-        device,
-    )
+    return recorders[device]
 
 
-def _why_not_recorded(options: Options, call: Call) -> str | None:
+def _weights(graph: fx.GraphModule) -> tuple[torch.Tensor, ...]:
+    return (*graph.parameters(), *graph.buffers())
+
+
+def why_not_recorded(options: Options, call: Call) -> str | None:
     """Why a call's programs are not to be recorded as CUDA graphs, or None."""
     device = call.sample.device
     if options.cuda_graphs is False:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from deepcache_fx import memory_format
 from deepcache_fx.assemble import Entry, assemble
-from deepcache_fx.capture import CAPTURE_LOCK, capture, refuse_layerwise_offload
+from deepcache_fx.capture import capture, refuse_layerwise_offload
+from deepcache_fx.captures import find_or_make
 from deepcache_fx.compile import pick_backend
 from deepcache_fx.config import Options
 from deepcache_fx.cuda_graphs import Recorder
+from deepcache_fx.deferred import all_computed, computed
 from deepcache_fx.errors import DeepCacheError, ScheduleError
 from deepcache_fx.fingerprint import fingerprint
 from deepcache_fx.listing import Listings
+from deepcache_fx.pairing import Coming, Expectation, Handed, Pairing, pair
 from deepcache_fx.programs import DeepFeature, PromptValues, Values
-from deepcache_fx.report import CaptureReport, Counts, Report
+from deepcache_fx.report import CaptureReport, CompanionReport, Counts, Report
 from deepcache_fx.signature import Call, CallReader, UnsupportedInput
 from deepcache_fx.steps import StepTracker, Tick, position_of, value_position
 
@@ -34,16 +39,23 @@ class Slot:
     entry: Entry
     feature: DeepFeature
     refreshed: int
+    pairing: Pairing | None = None
+    """With the ControlNet that runs before it."""
 
 
 class Watch(Protocol):
-    """Something that follows a pipeline's scheduler for a runtime (see `attach.SchedulerWatch`)."""
+    """Something that follows a pipeline for a runtime (see `follow.PipelineWatch`)."""
 
     def __call__(self) -> None: ...
 
     def pipeline(self) -> Any: ...
 
     def stop(self) -> None: ...
+
+    def report(self) -> CompanionReport | None: ...
+
+
+_clock = itertools.count(1)
 
 
 class ThreadState(threading.local):
@@ -56,9 +68,12 @@ class ThreadState(threading.local):
         self.prompts: dict[tuple[str, int], PromptValues] = {}
         self.fingerprint: Hashable = None
         self.trace: list[str] = []
+        self.expected = Expectation()
+        self.last_heard = 0
 
     def forget(self) -> None:
         self.tracker.reset()
+        self.expected.begin()
         self.clear()
 
     def clear(self) -> None:
@@ -88,24 +103,28 @@ class Runtime:
         self._watches: list[Watch] = []
         self.weights_format = memory_format.ChannelsLastWeights()
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
-        self._recorders: dict[torch.device, Recorder] = {}
+        self.recorders: dict[torch.device, Recorder] = {}
         self._state = ThreadState()
 
     def adopt(self, before: Runtime) -> None:
         """Take over the programs of a runtime whose options differ in the schedule alone."""
-        self._entries, self._recorders = before._entries, before._recorders
+        self._entries, self.recorders = before._entries, before.recorders
         self.counts.captures, self.device = before.counts.captures, before.device
 
     # What schedulers announce.
 
     def watch(self, watch: Watch) -> None:
-        """Follow a pipeline's scheduler: `watch` is called before every UNet call."""
-        self._watches = [known for known in self._watches if known.pipeline() is not None] + [watch]
+        """Follow a pipeline: `watch` is called before every UNet call."""
+        self._watches = [*self.watches(), watch]
         watch()
 
-    def pipelines(self) -> list[Any]:
-        """The living pipelines whose schedulers are followed."""
-        return [pipeline for pipeline in (watch.pipeline() for watch in self._watches) if pipeline is not None]
+    def watches(self) -> list[Watch]:
+        """Those of the living pipelines that are followed."""
+        return [watch for watch in self._watches if watch.pipeline() is not None]
+
+    def go_on_watching(self) -> None:
+        for watch in self._watches:
+            watch()
 
     def stop_watching(self) -> None:
         """Until the next call."""
@@ -113,10 +132,37 @@ class Runtime:
             watch.stop()
 
     def run_announced(self, num_steps: int | None) -> None:
-        self._state.tracker.run_announced(num_steps)
+        state = self._state
+        state.tracker.run_announced(num_steps)
+        state.expected.begin()
+        state.last_heard = next(_clock)
 
     def step_ended(self) -> None:
         self._state.tracker.step_ended()
+        self._state.last_heard = next(_clock)
+
+    # What a companion asks and tells.
+
+    def coming(self, call: Call) -> Coming:
+        """What is known of this thread's next UNet call. To be asked once for every call of a companion, given here."""
+        self.go_on_watching()
+        state = self._state
+        tick, is_told = state.tracker.peek(position_of(call.timestep), call.sample)
+        run = state.expected.runs + tick.new_run
+        number = state.expected.next_call(run, tick.step)
+        coming = Coming(run, tick.new_run, number, is_told)
+        slot = None if tick.new_run or not is_told else state.slots.get(number)
+        if slot is None or self._is_stale(state, slot) or self._is_full(tick.step, tick.num_steps):
+            return coming
+        return replace(coming, is_shallow=True, pairing=slot.pairing)
+
+    def hand(self, call: int, handed: Handed) -> None:
+        """What a companion's call returned; `call` is what `coming` said."""
+        self._state.expected.handed[call] = handed
+
+    def last_heard(self) -> int:
+        """Grows: when this thread last heard of a scheduler."""
+        return self._state.last_heard
 
     def reset(self) -> None:
         """Forget the current run of this thread."""
@@ -125,7 +171,7 @@ class Runtime:
     # The step path.
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        reason = _why_original(module, args, kwargs)
+        reason = why_original(module, args, kwargs)
         if reason is not None:
             return self._original(reason, module, args, kwargs)
         try:
@@ -141,8 +187,7 @@ class Runtime:
             raise
 
     def _step(self, state: ThreadState, module: torch.nn.Module, call: Call) -> Any:
-        for watch in self._watches:
-            watch()
+        self.go_on_watching()
         position = position_of(call.timestep)
         if call.timestep is not None and call.timestep.numel() and state.tracker.needs_value(position):
             self.counts.syncs += 1
@@ -151,18 +196,20 @@ class Runtime:
         if tick.new_run:
             state.clear()
             state.trace = []
-            settings = self._settings(module, call)
+            state.expected.runs += 1
+            settings = settings_of(module, call, self.options, self.weights_format)
             if settings != state.fingerprint:  # else the same object: then every look-up is quick
                 state.fingerprint = settings
             self._check_num_steps(module, tick)
         entry = self._entry(module, call, state.fingerprint)
         slot = state.slots.get(tick.call)
         forced = tick.doubt
-        if slot is None or slot.refreshed != state.refreshed:
+        if slot is None or self._is_stale(state, slot):
             forced = forced or "no cached feature for this call of the step"
         elif slot.entry is not entry:
             forced = forced or "inputs changed shape or type within a run"
-        wanted_full = tick.step == 0 or self.options.schedule.is_full(tick.step, tick.num_steps)
+        wanted_full = self._is_full(tick.step, tick.num_steps)
+        handed = state.expected.handed.pop(tick.call, None)
         if forced is not None and not wanted_full:
             self.counts.forced[forced] += 1
         if wanted_full or slot is None or forced is not None:
@@ -171,17 +218,28 @@ class Runtime:
             before = slot.feature if self.options.forecast and slot is not None and slot.entry is entry else None
             state.slots.pop(tick.call, None)
             slot = None  # else the old feature would be moved out of the way of the new one
-            prompt = state.prompt(entry, "full", tick.call, call.tensors)
-            leaves, feature = entry.programs.full(tick.step, call.tensors, prompt, before)
-            state.slots[tick.call] = Slot(entry, feature, state.refreshed)
+            tensors = computed(call.tensors)
+            prompt = state.prompt(entry, "full", tick.call, tensors)
+            leaves, feature = entry.programs.full(tick.step, tensors, prompt, before)
+            pairing = pair(handed, call.tensors, tensors, entry.variants.shallow_reads())
+            state.slots[tick.call] = Slot(entry, feature, state.refreshed, pairing)
             self.counts.full += 1
             state.trace.append("F")
         else:
-            prompt = state.prompt(entry, "shallow", tick.call, call.tensors)
-            leaves = entry.programs.shallow(tick.step, call.tensors, slot.feature, prompt)
+            tensors = computed(slot.pairing.inputs(call.tensors) if slot.pairing is not None else call.tensors)
+            prompt = state.prompt(entry, "shallow", tick.call, tensors)
+            leaves = entry.programs.shallow(tick.step, tensors, slot.feature, prompt)
             self.counts.shallow += 1
             state.trace.append("s")
         return entry.captured.outputs(leaves)
+
+    def _is_full(self, step: int, num_steps: int | None) -> bool:
+        return step == 0 or self.options.schedule.is_full(step, num_steps)
+
+    @staticmethod
+    def _is_stale(state: ThreadState, slot: Slot) -> bool:
+        """True where this call of the step was missing from the last refresh."""
+        return slot.refreshed != state.refreshed
 
     def _check_num_steps(self, module: torch.nn.Module, tick: Tick) -> None:
         if tick.num_steps is None and self.options.schedule.needs_num_steps:
@@ -198,57 +256,25 @@ class Runtime:
         if reason not in self.counts.original:
             warnings.warn(f"{self.model_class.__name__} runs uncached: {reason}", stacklevel=5)
         self.counts.original[reason] += 1
-        return self.model_class.forward(module, *args, **kwargs)
+        return self.model_class.forward(module, *all_computed(args), **all_computed(kwargs))
 
     # Capturing.
 
     def prepare(self, module: torch.nn.Module, call: Call) -> Entry:
         """Capture and split for calls like this one, ahead of the first."""
-        return self._entry(module, call, self._settings(module, call))
-
-    def _settings(self, module: torch.nn.Module, call: Call) -> Hashable:
-        """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first."""
-        device = call.sample.device
-        if device.type in memory_format.DEVICE_TYPES and pick_backend(self.options, device) != "eager":
-            self.weights_format.convert(module)
-        return fingerprint(module)
+        return self._entry(module, call, settings_of(module, call, self.options, self.weights_format))
 
     def _entry(self, module: torch.nn.Module, call: Call, settings: Hashable) -> Entry:
         """The programs for calls like this one, captured now if there are none yet."""
-        key = (settings, call.key)
-        entry = self._entries.get(key)
-        if entry is None:
-            dropped: list[Entry] = []
-            with CAPTURE_LOCK:
-                entry = self._entries.get(key)  # another thread may have been first
-                if entry is None:
-                    entry = self._make_entry(module, call)
-                    dropped += self._drop_replaced_weights(module)
-                    self._entries[key] = entry
-                    while len(self._entries) > self.options.max_captures:
-                        dropped.append(self._entries.popitem(last=False)[1])
-            for old in dropped:  # not under the lock, which recorded programs take after their own
-                old.programs.release()
-        elif len(self._entries) > 1:
-            with CAPTURE_LOCK:
-                if key in self._entries:
-                    self._entries.move_to_end(key)
-        return entry
-
-    def _drop_replaced_weights(self, module: torch.nn.Module) -> list[Entry]:
-        """Programs over parameters that the module no longer has can never run again: let go of those."""
-        live = {id(p) for p in module.parameters()}
-        replaced = [
-            key for key, e in self._entries.items() if any(id(p) not in live for p in e.captured.graph.parameters())
-        ]
-        return [self._entries.pop(key) for key in replaced]
+        make = functools.partial(self._make_entry, module, call)
+        return find_or_make(self._entries, (settings, call.key), make, module, self.options.max_captures)
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
         try:
             refuse_layerwise_offload(module)
             captured = capture(module, call, self.reader, self.model_class)
-            entry = assemble(captured, call, self.options, self.model_class.__name__, self._recorders)
+            entry = assemble(captured, call, self.options, self.model_class.__name__, self.recorders)
         except DeepCacheError:
             if not self.counts.captures:
                 self.on_first_failure(module)
@@ -295,10 +321,21 @@ class Runtime:
             timestep_syncs=counts.syncs,
             last_run="".join(self._state.trace),
             signatures=signatures,
+            companions=tuple(found for found in (watch.report() for watch in self.watches()) if found is not None),
         )
 
 
-def _why_original(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+def settings_of(
+    module: torch.nn.Module, call: Call, options: Options, weights_format: memory_format.ChannelsLastWeights
+) -> Hashable:
+    """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first."""
+    device = call.sample.device
+    if device.type in memory_format.DEVICE_TYPES and pick_backend(options, device) != "eager":
+        weights_format.convert(module)
+    return fingerprint(module)
+
+
+def why_original(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     """Why this call must run the model's own forward, or None."""
     if torch.compiler.is_compiling():
         return "called inside another compilation"
