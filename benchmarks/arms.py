@@ -13,7 +13,7 @@ import torch
 import deepcache_fx
 from benchmarks.cases import Case
 from benchmarks.pipelines import Stage
-from deepcache_fx.runtime import default_names
+from deepcache_fx.assemble import default_names
 from deepcache_fx.schedule import Schedule
 from passes import FuseGroupNorm
 

@@ -8,12 +8,14 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from deepcache_fx.attach import SchedulerWatch, attach, check_attachable, detach, original_class, runtime_of
+from deepcache_fx.assemble import check_disabled
+from deepcache_fx.attach import attach, check_attachable, detach, original_class, runtime_of
 from deepcache_fx.calibrated import Calibrated
 from deepcache_fx.config import Branch, Options
 from deepcache_fx.errors import DeepCacheError
+from deepcache_fx.follow import PipelineWatch, bring_back
 from deepcache_fx.report import Report
-from deepcache_fx.runtime import Runtime, check_disabled
+from deepcache_fx.runtime import Runtime
 from deepcache_fx.signature import ExampleInputs, UnsupportedInput
 
 T = TypeVar("T")
@@ -42,7 +44,9 @@ def optimize(
     schedule it keeps what is captured and compiled; with other arguments it starts over.
 
     Args:
-        target: A UNet module, or a diffusers pipeline: its `.unet` is optimised, its `.scheduler` marks the steps.
+        target: A UNet module, or a diffusers pipeline: its `.unet` is optimised, its `.scheduler` marks the steps, and
+            a ControlNet of it (`.controlnet`, one or several) computes in a shallow step only the residuals that the
+            UNet reads then. A ControlNet that cannot be captured runs as it is; `report` says why.
         interval: 1:N caching: the whole UNet runs at every N-th denoising step. 1 caches nothing.
         branch: The skip connection to cut at: its number from the output (0 is the shallowest: fastest), or the
             published (block, layer).
@@ -95,8 +99,8 @@ def optimize(
     before = runtime_of(module)
     unchanged = before if before is not None and before.options == wanted else None
     runtime = unchanged or _replace(module, before, wanted)
-    if pipeline is not None and not any(pipeline is known for known in runtime.pipelines()):
-        runtime.watch(SchedulerWatch(pipeline, runtime))
+    if pipeline is not None and not any(pipeline is watch.pipeline() for watch in runtime.watches()):
+        runtime.watch(PipelineWatch(pipeline, runtime))
     if example_inputs is not None:
         try:
             runtime.prepare(module, runtime.reader.read_example(module, example_inputs))
@@ -113,12 +117,15 @@ def _replace(module: torch.nn.Module, before: Runtime | None, wanted: Options) -
     except UnsupportedInput as error:
         raise DeepCacheError(f"{type(module).__name__} cannot be optimised: {error}") from error
     runtime.on_first_failure = restore
+    watches = before.watches() if before is not None else []
     restore(module)
-    if before is not None and before.options.same_programs(wanted):
+    adopts = before is not None and before.options.same_programs(wanted)
+    if before is not None and adopts:
         runtime.adopt(before)
     attach(module, runtime)
-    for known in before.pipelines() if before is not None else ():
-        runtime.watch(SchedulerWatch(known, runtime))
+    for watch in watches:
+        known = watch if adopts and isinstance(watch, PipelineWatch) else None
+        runtime.watch(PipelineWatch(watch.pipeline(), runtime, known))
     return runtime
 
 
@@ -127,11 +134,11 @@ def _bring_back(module: torch.nn.Module, before: Runtime | None) -> None:
     if runtime_of(module) is not before:
         restore(module)
         if before is not None:
-            attach(module, before)
+            bring_back(module, before)
 
 
 def restore(target: T) -> T:
-    """Undo `optimize` exactly, on a UNet or a pipeline. Does nothing where there is nothing to undo."""
+    """Undo `optimize` exactly, on a UNet or a pipeline and its ControlNet; nothing where there is nothing to undo."""
     module, _ = _resolve(target)
     runtime = runtime_of(module)
     if runtime is not None:

@@ -11,7 +11,8 @@ import copyreg
 import functools
 import types
 import weakref
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -60,14 +61,26 @@ def _is_ours(value: Any) -> bool:
 # Models.
 
 
+class Answers(Protocol):
+    """What answers a model's calls in its forward's place."""
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any: ...
+
+
+def attached_to(module: object) -> Answers | None:
+    """What is attached to a model."""
+    found: Answers | None = type(module).__dict__.get(_MARK)
+    return found
+
+
 def runtime_of(module: object) -> Runtime | None:
     """The runtime attached to a model."""
-    runtime = type(module).__dict__.get(_MARK)
-    return runtime if isinstance(runtime, Runtime) else None
+    found = attached_to(module)
+    return found if isinstance(found, Runtime) else None
 
 
-def attach(module: torch.nn.Module, runtime: Runtime) -> None:
-    """Let the runtime answer `module`'s calls.
+def attach(module: torch.nn.Module, answers: Answers) -> None:
+    """Let this answer `module`'s calls.
 
     Raises:
         DeepCacheError: something else has already replaced the model's forward.
@@ -80,10 +93,10 @@ def attach(module: torch.nn.Module, runtime: Runtime) -> None:
 
     @functools.wraps(cls.forward)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return runtime(self, args, kwargs)
+        return answers(self, args, kwargs)
 
     setattr(forward, _MARK, True)
-    _subclass(module, {_MARK: runtime, "forward": forward})
+    _subclass(module, {_MARK: answers, "forward": forward})
     if "_old_forward" in module.__dict__:  # accelerate's hook is in place: it calls this
         module.__dict__["_old_forward"] = types.MethodType(forward, module)
 
@@ -118,7 +131,7 @@ def _is_own_forward(module: torch.nn.Module) -> bool:
 
 def detach(module: torch.nn.Module) -> None:
     """Undo `attach`, exactly. Does nothing where nothing is attached."""
-    if runtime_of(module) is None:
+    if attached_to(module) is None:
         return
     cls = original_class(module)
     module.__class__ = cls

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from deepcache_fx.api import optimize, report, restore
-from deepcache_fx.attach import attach, runtime_of
+from deepcache_fx.attach import runtime_of
 from deepcache_fx.comparison import UNetCalls
 from deepcache_fx.config import Branch
 from deepcache_fx.errors import DeepCacheError, OptionError
+from deepcache_fx.follow import bring_back
 from deepcache_fx.report import Report
 from deepcache_fx.runtime import Runtime
 from deepcache_fx.schedule import Custom, Steps
@@ -157,7 +158,7 @@ class Runs:
         if known is not attached:
             restore(pipe)
             if known is not None:
-                attach(pipe.unet, known)
+                bring_back(pipe.unet, known)
         optimize(pipe, schedule=schedule, forecast=order, **self._arguments)
         runtime = runtime_of(pipe.unet)
         assert runtime is not None, "optimize attaches one"
@@ -184,7 +185,7 @@ def left_as_found(pipe: Any) -> Iterator[None]:
     finally:
         restore(pipe)
         if before is not None:
-            attach(unet, before)
+            bring_back(unet, before)
         pipe.__dict__.pop("_progress_bar_config", None)
         if bar is not None:
             pipe._progress_bar_config = bar

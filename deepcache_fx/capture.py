@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from deepcache_fx.deferred import computed
 from deepcache_fx.errors import CaptureError, DeepCacheError
 from deepcache_fx.signature import Call, CallReader
 
@@ -66,7 +67,7 @@ def capture(
     """
     model_class = model_class or type(module)
     # A tensor passed twice is one graph input to export: give every leaf an object of its own.
-    args, kwargs = reader.rebuild(call, [tensor.detach() for tensor in call.tensors])
+    args, kwargs = reader.rebuild(call, [tensor.detach() for tensor in computed(call.tensors)])
     with CAPTURE_LOCK, torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning)

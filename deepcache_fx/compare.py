@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from deepcache_fx.api import optimized, report, restore
-from deepcache_fx.attach import attach, runtime_of
+from deepcache_fx.attach import runtime_of
 from deepcache_fx.comparison import Comparison as Comparison
 from deepcache_fx.comparison import UNetCalls
 from deepcache_fx.errors import DeepCacheError
+from deepcache_fx.follow import bring_back
 
 Progress = Callable[[str, int, int], None]
 """Called as (stage, denoising steps done, denoising steps of this stage)."""
@@ -114,7 +115,7 @@ def _paused(pipes: Sequence[Any]) -> Iterator[None]:
     finally:
         for unet, runtime in runtimes:
             if runtime is not None:
-                attach(unet, runtime)
+                bring_back(unet, runtime)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 
 from deepcache_fx import files
 from deepcache_fx.anatomy import Anatomy
+from deepcache_fx.assemble import apply_passes
 from deepcache_fx.attach import original_class, runtime_of
 from deepcache_fx.capture import capture
 from deepcache_fx.config import Branch, Options
@@ -16,7 +17,6 @@ from deepcache_fx.dissect import dissect
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.example_inputs import example_inputs as make_example_inputs
 from deepcache_fx.plan import input_shapes as shapes
-from deepcache_fx.runtime import apply_passes
 from deepcache_fx.signature import Call, CallReader, ExampleInputs
 from deepcache_fx.skips import find_skip_connections, pick_branch
 from deepcache_fx.split import RATES, split

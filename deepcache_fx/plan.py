@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from deepcache_fx.assemble import apply_passes
 from deepcache_fx.attach import original_class
 from deepcache_fx.capture import capture
 from deepcache_fx.config import Options
 from deepcache_fx.errors import BranchError, DeepCacheError, OptionError
 from deepcache_fx.example_inputs import example_inputs as make_example_inputs
 from deepcache_fx.macs import Macs, total_macs
-from deepcache_fx.runtime import apply_passes
 from deepcache_fx.signature import CallReader, ExampleInputs
 from deepcache_fx.skips import SkipConnection, find_skip_connections
 from deepcache_fx.split import Cost, plain_cost, refresh_costs

@@ -38,6 +38,80 @@ class CaptureReport:
 
 
 @dataclass(frozen=True)
+class CompanionCapture:
+    """One captured signature of a ControlNet."""
+
+    inputs: str
+    full_macs: int
+    shallow_macs: int | None
+    """None until there has been a shallow call."""
+    prompt_macs: int
+    """Computed once per prompt and picture."""
+    residuals: int
+    shallow_residuals: int | None
+    """How many of them a shallow call computes."""
+    capture_seconds: float
+    passes: tuple[PassRecord, ...]
+    cuda_graphs: str
+
+
+@dataclass(frozen=True)
+class CompanionReport:
+    """A pipeline's ControlNet, which runs with the UNet's schedule."""
+
+    model: str
+    captures: int = 0
+    full_calls: int = 0
+    shallow_calls: int = 0
+    completed_calls: int = 0
+    """Shallow calls whose other residuals were asked for after all, and computed then."""
+    original_calls: int = 0
+    """Calls that went to the model's own forward."""
+    kept_full: dict[str, int] = field(default_factory=dict)
+    """Calls that computed everything although the UNet's step was going to be shallow, by reason."""
+    original_reasons: dict[str, int] = field(default_factory=dict)
+    last_run: str = ""
+    """The last run of this thread, a letter a call: F full, s shallow, c shallow and then completed."""
+    last_run_macs: int = 0
+    last_run_macs_saved: int = 0
+    """What it would have computed else, less what it did."""
+    signatures: tuple[CompanionCapture, ...] = ()
+    refused: str | None = None
+    """Why it was left alone."""
+
+    def lines(self) -> list[str]:
+        """For a reader."""
+        if self.refused is not None:
+            return [f"  {self.model} is left as it is: {self.refused}"]
+        lines = [
+            f"  {self.model}: {self.full_calls + self.shallow_calls} calls: {self.full_calls} full, "
+            f"{self.shallow_calls} shallow ({self.completed_calls} completed later); {self.original_calls} more by its "
+            "own forward",
+        ]
+        if self.last_run:
+            total = self.last_run_macs + self.last_run_macs_saved
+            lines.append(
+                f"    last run: {self.last_run}, {self.last_run_macs / 1e9:.3g} GMAC instead of {total / 1e9:.3g} "
+                f"({self.last_run_macs_saved / total if total else 0:.1%} saved)"
+            )
+        for title, reasons in (("kept full", self.kept_full), ("own forward", self.original_reasons)):
+            lines += [f"    {title}: {count} x {reason}" for reason, count in reasons.items()]
+        for item in self.signatures:
+            shallow = (
+                "no shallow call yet"
+                if item.shallow_macs is None
+                else f"shallow {item.shallow_macs / 1e9:.3g} ({item.shallow_residuals} of {item.residuals} residuals)"
+            )
+            lines.append(
+                f"    captured {item.inputs} in {item.capture_seconds:.1f} s: full {item.full_macs / 1e9:.3g} GMAC, "
+                f"{shallow}, {item.prompt_macs / 1e9:.3g} once per prompt and picture"
+            )
+            lines += [f"      {record}" for record in item.passes]
+            lines.append(f"      CUDA graphs: {item.cuda_graphs}")
+        return lines
+
+
+@dataclass(frozen=True)
 class Report:
     """What `report(target)` returns; print() it, or read the fields."""
 
@@ -58,6 +132,8 @@ class Report:
     last_run: str
     """The last run of this thread, a letter a UNet call: F full, s shallow."""
     signatures: tuple[CaptureReport, ...] = ()
+    companions: tuple[CompanionReport, ...] = ()
+    """The ControlNets of the pipelines that were optimised."""
 
     @property
     def capture_seconds(self) -> float:
@@ -122,6 +198,8 @@ class Report:
             for name, seconds in item.first_call_seconds.items():
                 lines.append(f"    first {name} call: {seconds:.2f} s")
             lines.append(f"    CUDA graphs: {item.cuda_graphs}")
+        for companion in self.companions:
+            lines += companion.lines()
         return "\n".join(lines)
 
 

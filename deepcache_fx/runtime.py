@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 import time
 import warnings
@@ -13,54 +15,21 @@ from typing import Any, Protocol
 import torch
 
 from deepcache_fx import memory_format
-from deepcache_fx.capture import CAPTURE_LOCK, Captured, capture, refuse_layerwise_offload
-from deepcache_fx.compile import compile_variant, pick_backend
+from deepcache_fx.assemble import Entry, assemble
+from deepcache_fx.capture import capture, refuse_layerwise_offload
+from deepcache_fx.captures import find_or_make
+from deepcache_fx.compile import pick_backend
 from deepcache_fx.config import Options
-from deepcache_fx.cuda_graphs import RECORDERS, Recorder
+from deepcache_fx.cuda_graphs import Recorder
+from deepcache_fx.deferred import all_computed, computed
 from deepcache_fx.errors import DeepCacheError, ScheduleError
 from deepcache_fx.fingerprint import fingerprint
 from deepcache_fx.listing import Listings
-from deepcache_fx.macs import total_macs
-from deepcache_fx.only import Only
-from deepcache_fx.programs import Called, DeepFeature, Programs, PromptStage, PromptValues, Values
-from deepcache_fx.recorded import Recorded
-from deepcache_fx.report import CaptureReport, Counts, Report
+from deepcache_fx.pairing import Coming, Expectation, Handed, Pairing, pair
+from deepcache_fx.programs import DeepFeature, PromptValues, Values
+from deepcache_fx.report import CaptureReport, CompanionReport, Counts, Report
 from deepcache_fx.signature import Call, CallReader, UnsupportedInput
-from deepcache_fx.skips import find_skip_connections, pick_branch
-from deepcache_fx.split import RATES, Variant, Variants, split
 from deepcache_fx.steps import StepTracker, Tick, position_of, value_position
-from passes import (
-    Canonicalize,
-    ChooseAttention,
-    FoldConstants,
-    FuseLinears,
-    MergeEqual,
-    Pass,
-    PassError,
-    PassRecord,
-    pass_name,
-    run_passes,
-)
-
-DEFAULT_PASSES: tuple[Pass, ...] = (Canonicalize(), FoldConstants(), MergeEqual())
-"""Exact passes, in order, applied to the captured graph before the split."""
-
-LAST_PASSES: tuple[Pass, ...] = (FuseLinears(), ChooseAttention())
-"""Those of them that run on each variant's step: after the user's passes, which match the plain operators."""
-
-
-@dataclass
-class Entry:
-    """One signature: its captured graph, split and compiled."""
-
-    captured: Captured
-    variants: Variants
-    prompts: Mapping[str, PromptStage]
-    """By variant, where it has such a stage."""
-    programs: Programs
-    passes: tuple[PassRecord, ...]
-    inputs: str
-    seconds: float
 
 
 @dataclass
@@ -70,16 +39,23 @@ class Slot:
     entry: Entry
     feature: DeepFeature
     refreshed: int
+    pairing: Pairing | None = None
+    """With the ControlNet that runs before it."""
 
 
 class Watch(Protocol):
-    """Something that follows a pipeline's scheduler for a runtime (see `attach.SchedulerWatch`)."""
+    """Something that follows a pipeline for a runtime (see `follow.PipelineWatch`)."""
 
     def __call__(self) -> None: ...
 
     def pipeline(self) -> Any: ...
 
     def stop(self) -> None: ...
+
+    def report(self) -> CompanionReport | None: ...
+
+
+_clock = itertools.count(1)
 
 
 class ThreadState(threading.local):
@@ -92,9 +68,12 @@ class ThreadState(threading.local):
         self.prompts: dict[tuple[str, int], PromptValues] = {}
         self.fingerprint: Hashable = None
         self.trace: list[str] = []
+        self.expected = Expectation()
+        self.last_heard = 0
 
     def forget(self) -> None:
         self.tracker.reset()
+        self.expected.begin()
         self.clear()
 
     def clear(self) -> None:
@@ -124,24 +103,28 @@ class Runtime:
         self._watches: list[Watch] = []
         self.weights_format = memory_format.ChannelsLastWeights()
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
-        self._recorders: dict[torch.device, Recorder] = {}
+        self.recorders: dict[torch.device, Recorder] = {}
         self._state = ThreadState()
 
     def adopt(self, before: Runtime) -> None:
         """Take over the programs of a runtime whose options differ in the schedule alone."""
-        self._entries, self._recorders = before._entries, before._recorders
+        self._entries, self.recorders = before._entries, before.recorders
         self.counts.captures, self.device = before.counts.captures, before.device
 
     # What schedulers announce.
 
     def watch(self, watch: Watch) -> None:
-        """Follow a pipeline's scheduler: `watch` is called before every UNet call."""
-        self._watches = [known for known in self._watches if known.pipeline() is not None] + [watch]
+        """Follow a pipeline: `watch` is called before every UNet call."""
+        self._watches = [*self.watches(), watch]
         watch()
 
-    def pipelines(self) -> list[Any]:
-        """The living pipelines whose schedulers are followed."""
-        return [pipeline for pipeline in (watch.pipeline() for watch in self._watches) if pipeline is not None]
+    def watches(self) -> list[Watch]:
+        """Those of the living pipelines that are followed."""
+        return [watch for watch in self._watches if watch.pipeline() is not None]
+
+    def go_on_watching(self) -> None:
+        for watch in self._watches:
+            watch()
 
     def stop_watching(self) -> None:
         """Until the next call."""
@@ -149,10 +132,37 @@ class Runtime:
             watch.stop()
 
     def run_announced(self, num_steps: int | None) -> None:
-        self._state.tracker.run_announced(num_steps)
+        state = self._state
+        state.tracker.run_announced(num_steps)
+        state.expected.begin()
+        state.last_heard = next(_clock)
 
     def step_ended(self) -> None:
         self._state.tracker.step_ended()
+        self._state.last_heard = next(_clock)
+
+    # What a companion asks and tells.
+
+    def coming(self, call: Call) -> Coming:
+        """What is known of this thread's next UNet call. To be asked once for every call of a companion, given here."""
+        self.go_on_watching()
+        state = self._state
+        tick, is_told = state.tracker.peek(position_of(call.timestep), call.sample)
+        run = state.expected.runs + tick.new_run
+        number = state.expected.next_call(run, tick.step)
+        coming = Coming(run, tick.new_run, number, is_told)
+        slot = None if tick.new_run or not is_told else state.slots.get(number)
+        if slot is None or self._is_stale(state, slot) or self._is_full(tick.step, tick.num_steps):
+            return coming
+        return replace(coming, is_shallow=True, pairing=slot.pairing)
+
+    def hand(self, call: int, handed: Handed) -> None:
+        """What a companion's call returned; `call` is what `coming` said."""
+        self._state.expected.handed[call] = handed
+
+    def last_heard(self) -> int:
+        """Grows: when this thread last heard of a scheduler."""
+        return self._state.last_heard
 
     def reset(self) -> None:
         """Forget the current run of this thread."""
@@ -161,7 +171,7 @@ class Runtime:
     # The step path.
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        reason = _why_original(module, args, kwargs)
+        reason = why_original(module, args, kwargs)
         if reason is not None:
             return self._original(reason, module, args, kwargs)
         try:
@@ -177,8 +187,7 @@ class Runtime:
             raise
 
     def _step(self, state: ThreadState, module: torch.nn.Module, call: Call) -> Any:
-        for watch in self._watches:
-            watch()
+        self.go_on_watching()
         position = position_of(call.timestep)
         if call.timestep is not None and call.timestep.numel() and state.tracker.needs_value(position):
             self.counts.syncs += 1
@@ -187,18 +196,20 @@ class Runtime:
         if tick.new_run:
             state.clear()
             state.trace = []
-            settings = self._settings(module, call)
+            state.expected.runs += 1
+            settings = settings_of(module, call, self.options, self.weights_format)
             if settings != state.fingerprint:  # else the same object: then every look-up is quick
                 state.fingerprint = settings
             self._check_num_steps(module, tick)
         entry = self._entry(module, call, state.fingerprint)
         slot = state.slots.get(tick.call)
         forced = tick.doubt
-        if slot is None or slot.refreshed != state.refreshed:
+        if slot is None or self._is_stale(state, slot):
             forced = forced or "no cached feature for this call of the step"
         elif slot.entry is not entry:
             forced = forced or "inputs changed shape or type within a run"
-        wanted_full = tick.step == 0 or self.options.schedule.is_full(tick.step, tick.num_steps)
+        wanted_full = self._is_full(tick.step, tick.num_steps)
+        handed = state.expected.handed.pop(tick.call, None)
         if forced is not None and not wanted_full:
             self.counts.forced[forced] += 1
         if wanted_full or slot is None or forced is not None:
@@ -207,17 +218,28 @@ class Runtime:
             before = slot.feature if self.options.forecast and slot is not None and slot.entry is entry else None
             state.slots.pop(tick.call, None)
             slot = None  # else the old feature would be moved out of the way of the new one
-            prompt = state.prompt(entry, "full", tick.call, call.tensors)
-            leaves, feature = entry.programs.full(tick.step, call.tensors, prompt, before)
-            state.slots[tick.call] = Slot(entry, feature, state.refreshed)
+            tensors = computed(call.tensors)
+            prompt = state.prompt(entry, "full", tick.call, tensors)
+            leaves, feature = entry.programs.full(tick.step, tensors, prompt, before)
+            pairing = pair(handed, call.tensors, tensors, entry.variants.shallow_reads())
+            state.slots[tick.call] = Slot(entry, feature, state.refreshed, pairing)
             self.counts.full += 1
             state.trace.append("F")
         else:
-            prompt = state.prompt(entry, "shallow", tick.call, call.tensors)
-            leaves = entry.programs.shallow(tick.step, call.tensors, slot.feature, prompt)
+            tensors = computed(slot.pairing.inputs(call.tensors) if slot.pairing is not None else call.tensors)
+            prompt = state.prompt(entry, "shallow", tick.call, tensors)
+            leaves = entry.programs.shallow(tick.step, tensors, slot.feature, prompt)
             self.counts.shallow += 1
             state.trace.append("s")
         return entry.captured.outputs(leaves)
+
+    def _is_full(self, step: int, num_steps: int | None) -> bool:
+        return step == 0 or self.options.schedule.is_full(step, num_steps)
+
+    @staticmethod
+    def _is_stale(state: ThreadState, slot: Slot) -> bool:
+        """True where this call of the step was missing from the last refresh."""
+        return slot.refreshed != state.refreshed
 
     def _check_num_steps(self, module: torch.nn.Module, tick: Tick) -> None:
         if tick.num_steps is None and self.options.schedule.needs_num_steps:
@@ -234,107 +256,33 @@ class Runtime:
         if reason not in self.counts.original:
             warnings.warn(f"{self.model_class.__name__} runs uncached: {reason}", stacklevel=5)
         self.counts.original[reason] += 1
-        return self.model_class.forward(module, *args, **kwargs)
+        return self.model_class.forward(module, *all_computed(args), **all_computed(kwargs))
 
     # Capturing.
 
     def prepare(self, module: torch.nn.Module, call: Call) -> Entry:
         """Capture and split for calls like this one, ahead of the first."""
-        return self._entry(module, call, self._settings(module, call))
-
-    def _settings(self, module: torch.nn.Module, call: Call) -> Hashable:
-        """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first."""
-        device = call.sample.device
-        if device.type in memory_format.DEVICE_TYPES and pick_backend(self.options, device) != "eager":
-            self.weights_format.convert(module)
-        return fingerprint(module)
+        return self._entry(module, call, settings_of(module, call, self.options, self.weights_format))
 
     def _entry(self, module: torch.nn.Module, call: Call, settings: Hashable) -> Entry:
         """The programs for calls like this one, captured now if there are none yet."""
-        key = (settings, call.key)
-        entry = self._entries.get(key)
-        if entry is None:
-            dropped: list[Entry] = []
-            with CAPTURE_LOCK:
-                entry = self._entries.get(key)  # another thread may have been first
-                if entry is None:
-                    entry = self._make_entry(module, call)
-                    dropped += self._drop_replaced_weights(module)
-                    self._entries[key] = entry
-                    while len(self._entries) > self.options.max_captures:
-                        dropped.append(self._entries.popitem(last=False)[1])
-            for old in dropped:  # not under the lock, which recorded programs take after their own
-                old.programs.release()
-        elif len(self._entries) > 1:
-            with CAPTURE_LOCK:
-                if key in self._entries:
-                    self._entries.move_to_end(key)
-        return entry
-
-    def _drop_replaced_weights(self, module: torch.nn.Module) -> list[Entry]:
-        """Programs over parameters that the module no longer has can never run again: let go of those."""
-        live = {id(p) for p in module.parameters()}
-        replaced = [
-            key for key, e in self._entries.items() if any(id(p) not in live for p in e.captured.graph.parameters())
-        ]
-        return [self._entries.pop(key) for key in replaced]
+        make = functools.partial(self._make_entry, module, call)
+        return find_or_make(self._entries, (settings, call.key), make, module, self.options.max_captures)
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
-        device = call.sample.device
         try:
             refuse_layerwise_offload(module)
             captured = capture(module, call, self.reader, self.model_class)
-            captured, records = apply_passes(captured, self.options)
-            branches = find_skip_connections(captured.graph.graph)
-            branch = pick_branch(branches, self.options.branch, self.model_class.__name__)
-            rates = [name for name in RATES if self.options.uses(name)]
-            variants = split(
-                captured, branch, rates=rates, prompt_inputs=call.prompt_inputs, forecast=self.options.forecast
-            )
-            variants, more = finish(variants, self.options)
-            programs = self._make_programs(variants, call)
+            entry = assemble(captured, call, self.options, self.model_class.__name__, self.recorders)
         except DeepCacheError:
             if not self.counts.captures:
                 self.on_first_failure(module)
             raise
         self.counts.captures += 1
-        self.device = device
-        inputs = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors)
-        prompts = {"full": _prompt_stage(variants.full), "shallow": _prompt_stage(variants.shallow)}
-        return Entry(
-            captured,
-            variants,
-            {name: stage for name, stage in prompts.items() if stage is not None},
-            programs,
-            (*records, *more),
-            inputs,
-            time.perf_counter() - started,
-        )
-
-    def _make_programs(self, variants: Variants, call: Call) -> Programs:
-        device = call.sample.device
-        why_not = _why_not_recorded(self.options, call)
-        called = Called(
-            full_program=compile_variant(variants.full.step, self.options, device),
-            shallow_program=compile_variant(variants.shallow.step, self.options, device),
-            num_outputs=variants.num_outputs,
-            order=self.options.forecast,
-            why_not_recorded=why_not or "off",
-        )
-        if why_not is not None:
-            return called
-        recorder = self._recorders.get(device)
-        if recorder is None:
-            recorder = self._recorders[device] = RECORDERS[device.type](device)
-        steps = {"full": variants.full.step, "shallow": variants.shallow.step}
-        return Recorded(
-            called,
-            recorder,
-            {name: (*graph.parameters(), *graph.buffers()) for name, graph in steps.items()},
-            variants.cache,
-            device,
-        )
+        self.device = call.sample.device
+        entry.seconds = time.perf_counter() - started
+        return entry
 
     def report(self) -> Report:
         """The totals so far, and the last run of the calling thread."""
@@ -373,81 +321,21 @@ class Runtime:
             timestep_syncs=counts.syncs,
             last_run="".join(self._state.trace),
             signatures=signatures,
+            companions=tuple(found for found in (watch.report() for watch in self.watches()) if found is not None),
         )
 
 
-def default_names() -> list[str]:
-    """What `disable` takes: the default passes and the rates."""
-    return [*map(pass_name, (*DEFAULT_PASSES, *LAST_PASSES)), *RATES]
-
-
-def check_disabled(options: Options) -> None:
-    """Raise a DeepCacheError where `disable` names neither a default pass nor a rate."""
-    known = default_names()
-    unknown = set(options.disable) - {*known, "all"}
-    if unknown:
-        raise DeepCacheError(
-            f"disable names no default pass: {', '.join(sorted(unknown))}; there are: {', '.join(known)}"
-        )
-
-
-def apply_passes(captured: Captured, options: Options) -> tuple[Captured, tuple[PassRecord, ...]]:
-    """Run the default passes that are not disabled, then the user's, on what was captured.
-
-    Raises:
-        DeepCacheError: a pass failed (named), or `disable` names no default pass.
-    """
-    check_disabled(options)
-    first = [item for item in DEFAULT_PASSES if options.uses(pass_name(item))]
-    own = [item for item in options.passes if not isinstance(item, Only)]
-    try:
-        graph, records = run_passes(captured.graph, (*first, *own))
-    except PassError as error:
-        raise DeepCacheError(str(error)) from error
-    return captured.with_graph(graph), records
-
-
-def finish(variants: Variants, options: Options) -> tuple[Variants, tuple[PassRecord, ...]]:
-    """Run the user's passes for one variant alone, and the last default ones, on each variant's step.
-
-    Raises:
-        DeepCacheError: a pass failed (named).
-    """
-    last = [item for item in LAST_PASSES if options.uses(pass_name(item))]
-    everything: list[PassRecord] = []
-    steps: dict[str, Variant] = {}
-    for name, variant in (("full", variants.full), ("shallow", variants.shallow)):
-        own = [item.item for item in options.passes if isinstance(item, Only) and item.variant == name]
-        try:
-            step, records = run_passes(variant.step, (*own, *last))
-        except PassError as error:
-            raise DeepCacheError(f"{name} variant: {error}") from error
-        steps[name] = replace(variant, step=step, macs=total_macs(step.graph.nodes))
-        everything += [replace(record, name=f"{record.name} ({name})") for record in records]
-    return replace(variants, full=steps["full"], shallow=steps["shallow"]), tuple(everything)
-
-
-def _prompt_stage(variant: Variant) -> PromptStage | None:
-    if variant.prompt is None:
-        return None
-    weights = (*variant.prompt.parameters(), *variant.prompt.buffers())
-    return PromptStage(variant.prompt.forward, variant.prompt_inputs, weights)
-
-
-def _why_not_recorded(options: Options, call: Call) -> str | None:
-    """Why a call's programs are not to be recorded as CUDA graphs, or None."""
+def settings_of(
+    module: torch.nn.Module, call: Call, options: Options, weights_format: memory_format.ChannelsLastWeights
+) -> Hashable:
+    """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first."""
     device = call.sample.device
-    if options.cuda_graphs is False:
-        return "off: cuda_graphs=False"
-    if device.type not in RECORDERS:
-        return f"off: the model runs on {device}"
-    if options.cuda_graphs == "auto" and pick_backend(options, device) == "eager":
-        return "off: the backend is eager (cuda_graphs=True records it all the same)"
-    elsewhere = [t.device for t in call.tensors if t.device != device]
-    return f"off: an input lies on {elsewhere[0]}, the sample on {device}" if elsewhere else None
+    if device.type in memory_format.DEVICE_TYPES and pick_backend(options, device) != "eager":
+        weights_format.convert(module)
+    return fingerprint(module)
 
 
-def _why_original(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+def why_original(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     """Why this call must run the model's own forward, or None."""
     if torch.compiler.is_compiling():
         return "called inside another compilation"

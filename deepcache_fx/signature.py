@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from deepcache_fx.deferred import plain_type
 from deepcache_fx.errors import DeepCacheError
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any]
@@ -36,6 +37,8 @@ class Call:
     prompt_inputs: tuple[int, ...]
     """Which of `tensors` are likely to stay through a run: conditioning, that is all but the sample, the timestep and
     feature maps (a ControlNet's residuals)."""
+    numbers: tuple[int, ...] = ()
+    """Which of `tensors` were given as Python numbers, besides the timestep (see `conditioning`)."""
 
 
 class CallReader:
@@ -117,9 +120,14 @@ class CallReader:
             raise DeepCacheError(f"example_inputs do not fit {type(module).__name__}: {error}") from error
 
     def rebuild(self, call: Call, tensors: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call's (args, kwargs), without self, with dictionaries sorted and its tensors replaced in order."""
+        """The call's (args, kwargs), without self, with dictionaries sorted and its tensors replaced in order.
+
+        By name all but the first, as pipelines do: diffusers looks for a LoRA's scale among the keywords alone.
+        """
         remaining = iter(tensors)
         arguments = {name: _replace(value, remaining) for name, value in call.arguments.items()}
+        if self._plain:
+            return (arguments.pop(self.sample_name),), arguments
         parameters = [p for p in self._parameters if p.name in arguments]
         bound = inspect.BoundArguments(inspect.Signature(parameters), arguments)
         return bound.args, bound.kwargs
@@ -144,7 +152,7 @@ def _describe(value: Any, tensors: list[torch.Tensor]) -> Hashable:
         return None
     if isinstance(value, torch.Tensor):
         tensors.append(value)
-        return (type(value), value.shape, value.stride(), value.dtype, value.device)
+        return (plain_type(value), value.shape, value.stride(), value.dtype, value.device)
     if isinstance(value, dict):
         return ("dict", tuple((k, _describe(value[k], tensors)) for k in sorted(value, key=str)))
     if isinstance(value, (tuple, list)):

@@ -25,7 +25,7 @@ from deepcache_fx.forecast import combine_refreshes
 from deepcache_fx.macs import Macs, total_macs
 from deepcache_fx.skips import SkipConnection
 from passes import SplitOverCat
-from passes.match import ancestors
+from passes.match import ancestors, eliminate_dead_code
 from passes.rates import also_return, extract, partition
 
 RATES = ("refresh_rate", "prompt_rate")
@@ -77,6 +77,11 @@ class Variants:
         """Of the shallow step."""
         return Cost(self.shallow.macs, sum(map(_bytes, self.cache)))
 
+    def shallow_reads(self) -> frozenset[int]:
+        """Which inputs, by number, the shallow variant reads; of a ControlNet's residuals those are few."""
+        inputs = self.shallow.step.graph.find_nodes(op="placeholder")
+        return frozenset(self.shallow.prompt_inputs).union(i for i, node in enumerate(inputs) if node.users)
+
 
 def plain_cost(graph: fx.Graph, deep: fx.Node) -> Cost:
     """What a shallow step costs where the deep operand is cached as it is. Walks the graph, copies nothing."""
@@ -117,8 +122,8 @@ def split(
     chosen = prompt_inputs if "prompt_rate" in rates else ()
     return Variants(
         branch=branch,
-        full=_in_stages(full, chosen),
-        shallow=_in_stages(shallow, chosen),
+        full=in_stages(full, chosen),
+        shallow=in_stages(shallow, chosen),
         num_outputs=count,
         cache=tuple(value.meta["val"] for value in values),  # type: ignore[union-attr]
         plain=plain,
@@ -137,6 +142,18 @@ def refresh_costs(captured: Captured, branches: Sequence[SkipConnection]) -> lis
     return costs
 
 
+def keep_outputs(module: fx.GraphModule, chosen: Collection[int]) -> fx.GraphModule:
+    """The graph that returns these outputs alone, by number and in order, and does no work for the others."""
+    copy, _ = _copy(module)
+    output = copy.graph.output_node()
+    [leaves] = output.args
+    assert isinstance(leaves, (tuple, list))
+    output.args = (tuple(leaves[index] for index in sorted(chosen)),)
+    eliminate_dead_code(copy.graph)
+    copy.recompile()
+    return copy
+
+
 def _at_refresh_rate(graph: fx.GraphModule, cat: fx.Node, deep: fx.Node) -> Sequence[fx.Node]:
     """What to keep so that all that depends on the deep operand alone is computed in full steps."""
     _part_operands(graph, cat, deep)
@@ -150,7 +167,8 @@ def _part_operands(graph: fx.GraphModule, cat: fx.Node, deep: fx.Node) -> None:
     SplitOverCat(cat.name, alone=0 if operands[0] is deep else 1)(graph)
 
 
-def _in_stages(step: fx.GraphModule, prompt_inputs: Collection[int]) -> Variant:
+def in_stages(step: fx.GraphModule, prompt_inputs: Collection[int]) -> Variant:
+    """Take what depends on these inputs alone, by number, out of a graph, into a stage before it."""
     placeholders = step.graph.find_nodes(op="placeholder")
     moving = {placeholders[index] for index in prompt_inputs}
     kept = [node for node in partition(step.graph, moving, held=True).kept if node not in moving] if moving else []

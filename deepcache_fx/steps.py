@@ -8,6 +8,7 @@ unrelated calls, without a scheduler, whose bare timesteps happen to fall like t
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,12 @@ class StepTracker:
     def needs_value(self, position: Position | None) -> bool:
         """True where neither the scheduler nor the timestep tensor tells the step, so that its value must be read."""
         return position is None and not (self._pending_run or (self._active and self._hooked))
+
+    def peek(self, position: Position | None, sample: object) -> tuple[Tick, bool]:
+        """What a call made now would be, and whether a scheduler tells it. Nothing changes by asking."""
+        tracker = copy.copy(self)
+        tick = tracker._place(position, sample)
+        return tick, tracker._hooked
 
     def observe(self, position: Position | None, timestep: object, sample: object) -> Tick:
         """Place a UNet call. `timestep` and `sample` are kept alive so that their identity cannot be reused."""

@@ -224,9 +224,9 @@ def image_variation() -> Case:
 
 
 def controlnet(seed: int = 3) -> diffusers.ControlNetModel:
+    network = unet()  # which sets a seed of its own
     torch.manual_seed(seed)
-    network = diffusers.ControlNetModel.from_unet(unet(), conditioning_embedding_out_channels=(8,))
-    return _alive(network)
+    return _alive(diffusers.ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(8,)))
 
 
 def _alive(network: torch.nn.Module) -> Any:
@@ -269,6 +269,15 @@ def controlnet_image_to_image() -> Case:
     pipe = like_sd(diffusers.StableDiffusionControlNetImg2ImgPipeline, controlnet=controlnet(), **NO_CHECKER)
     runs = tuple(Run(steps(10, strength=strength), int(10 * strength)) for strength in (0.7, 1.0, 0.4))
     return Case(pipe, runs, common={**PROMPT, "image": picture(), "control_image": picture(6)})
+
+
+def controlnet_inpaint() -> Case:
+    pipe = like_sd(
+        diffusers.StableDiffusionControlNetInpaintPipeline, unet(in_channels=9), controlnet=controlnet(), **NO_CHECKER
+    )
+    runs = tuple(Run(steps(10, strength=strength), int(10 * strength)) for strength in (0.7, 1.0, 0.4))
+    common = {**PROMPT, **small.SIZE, "image": picture(), "mask_image": mask(), "control_image": picture(6)}
+    return Case(pipe, runs, common=common)
 
 
 def controlnet_xl() -> Case:
@@ -607,6 +616,7 @@ CASES: dict[str, Callable[[], Case]] = {
         several_controlnets,
         guessing_controlnet,
         controlnet_image_to_image,
+        controlnet_inpaint,
         controlnet_xl,
         t2i_adapter,
         ip_adapter,

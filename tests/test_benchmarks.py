@@ -35,7 +35,7 @@ from benchmarks.speed import main as speed_main
 from benchmarks.store import ResultsFile, read_results
 from benchmarks.subjects import KINDS, Subject
 from benchmarks.targets import TARGETS, targets_table
-from deepcache_fx import runtime
+from deepcache_fx import assemble
 from deepcache_fx.presets import PRESETS, Preset
 
 CASE = Case("tiny", 8, 8, 1, "fp32", "cpu", 4, 1, 0, "eager")
@@ -378,7 +378,7 @@ def test_a_new_default_pass_is_a_new_arm(monkeypatch: pytest.MonkeyPatch) -> Non
 
     before = set(all_arms())
     assert {"ours-without-canonicalize", "ours-without-refresh-rate", "ours-without-prompt-rate"} <= before
-    monkeypatch.setattr(runtime, "DEFAULT_PASSES", (*runtime.DEFAULT_PASSES, sharpen_pencils))
+    monkeypatch.setattr(assemble, "DEFAULT_PASSES", (*assemble.DEFAULT_PASSES, sharpen_pencils))
     assert set(all_arms()) - before == {"ours-without-sharpen-pencils"}
 
 

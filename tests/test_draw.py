@@ -16,6 +16,7 @@ from torch.nn.functional import conv2d, interpolate
 import deepcache_fx
 from deepcache_fx import BranchError, DeepCacheError, draw
 from deepcache_fx.anatomy import Anatomy, Cell, Level, RateMacs, Rung
+from deepcache_fx.assemble import apply_passes
 from deepcache_fx.capture import capture
 from deepcache_fx.config import Options
 from deepcache_fx.dissect import dissect
@@ -23,7 +24,6 @@ from deepcache_fx.example_inputs import example_inputs
 from deepcache_fx.ladder import Unit, mebibytes, place, side
 from deepcache_fx.module_path import first_part
 from deepcache_fx.paint import FILL, paint
-from deepcache_fx.runtime import apply_passes
 from deepcache_fx.signature import CallReader
 from deepcache_fx.skips import SkipConnection, find_skip_connections
 from deepcache_fx.split import RATES, Cost, Macs, Variants, split

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import fx
 
 import deepcache_fx
+from deepcache_fx.assemble import DEFAULT_PASSES, LAST_PASSES, default_names
 from deepcache_fx.capture import capture
-from deepcache_fx.runtime import DEFAULT_PASSES, LAST_PASSES, default_names
 from deepcache_fx.signature import CallReader
 from passes import FuseGroupNorm, Pass, SplitOverCat, pass_name, run_passes
 from tests import models

@@ -12,12 +12,12 @@ from torch.nn.functional import interpolate
 
 import deepcache_fx
 from deepcache_fx import BranchError, DeepCacheError
+from deepcache_fx.assemble import apply_passes
 from deepcache_fx.capture import capture
 from deepcache_fx.config import Options
 from deepcache_fx.example_inputs import example_inputs
 from deepcache_fx.macs import Macs
 from deepcache_fx.plan import BranchPlan, Plan, giga, plan
-from deepcache_fx.runtime import apply_passes
 from deepcache_fx.signature import CallReader
 from deepcache_fx.skips import find_skip_connections
 from deepcache_fx.split import split

@@ -10,7 +10,7 @@ from deepcache_fx.capture import Captured, capture
 from deepcache_fx.errors import BranchError
 from deepcache_fx.signature import CallReader
 from deepcache_fx.skips import find_skip_connections, pick_branch
-from deepcache_fx.split import RATES, plain_cost, refresh_costs, split
+from deepcache_fx.split import RATES, keep_outputs, plain_cost, refresh_costs, split
 from passes.match import is_op
 from tests import models
 
@@ -257,3 +257,17 @@ def test_an_input_that_changes_with_every_step_keeps_its_work_in_the_step() -> N
     output, *cache = variants.full.step(x, text)
     torch.testing.assert_close(output, captured.graph(x, text)[0])
     torch.testing.assert_close(variants.shallow.step(x, text, *cache)[0], output)
+
+
+def test_outputs_that_are_not_kept_are_not_computed() -> None:
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    outputs = tuple(graph.call_function(op, (value,)) for op in (torch.sin, torch.cos) for value in (x, y))
+    graph.output(outputs)
+    whole = fx.GraphModule({}, graph)
+    part = keep_outputs(whole, {3, 0})
+    a, b = torch.randn(2), torch.randn(2)
+    assert [node.target for node in part.graph.find_nodes(op="placeholder")] == ["x", "y"]
+    assert len(part.graph.find_nodes(op="call_function", target=torch.sin)) == 1
+    assert all(map(torch.equal, part(a, b), (a.sin(), b.cos())))
+    assert len(whole(a, b)) == 4

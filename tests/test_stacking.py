@@ -24,9 +24,10 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import deepcache_fx
 from deepcache_fx import DeepCacheError
+from deepcache_fx.example_inputs import example_inputs
 from passes.approximate import MergeTokens
 from tests import models, small
-from tests.oracles import specified
+from tests.oracles import TO_THE_BIT, specified
 
 aten = torch.ops.aten
 
@@ -154,6 +155,23 @@ def test_a_lora_fused_before_optimize() -> None:
     changes(unet, load_lora)
     unet.fuse_lora()
     check_works(unet)
+
+
+def test_a_loras_scale_that_is_given_with_the_call() -> None:
+    unet = make_unet()
+    load_lora(unet)
+    given = example_inputs(unet)
+
+    def call(scale: float) -> torch.Tensor:
+        with torch.no_grad():
+            result: torch.Tensor = unet(**given, cross_attention_kwargs={"scale": scale}).sample
+        return result
+
+    scales = (1.0, 0.2, 0.0, 0.2)
+    expected = [call(scale) for scale in scales]
+    assert difference(expected[1], expected[0]) > 1e-3
+    with deepcache_fx.optimized(unet, interval=1, **TO_THE_BIT):
+        assert all(torch.equal(call(scale), wanted) for scale, wanted in zip(scales, expected, strict=True))
 
 
 @pytest.mark.slow

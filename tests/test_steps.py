@@ -218,3 +218,27 @@ def test_bare_runs_over_new_timestep_tensors_count_from_zero(count: int) -> None
     tracker = StepTracker()
     for _ in range(3):
         assert [t.step for t in feed(tracker, list(torch.arange(count).flip(0)))] == list(range(count))
+
+
+def test_a_peek_says_what_the_next_call_turns_out_to_be() -> None:
+    """Three runs: the second is announced, the third is known by its timesteps alone."""
+    tracker = StepTracker()
+    timesteps = torch.arange(90, -1, -10)
+    for announced in (True, True, False):
+        if announced:
+            tracker.run_announced(10)
+        for step, t in enumerate(timesteps):
+            for call in range(2):
+                sample = object()
+                (tick, told), (again, _) = (tracker.peek(position_of(t), sample) for _ in range(2))
+                assert tick == again == tracker.observe(position_of(t), t, sample)
+                assert told
+                assert (tick.step, tick.call, tick.new_run) == (step, call, step == call == 0)
+            tracker.step_ended()
+
+
+def test_a_peek_says_where_no_scheduler_tells_the_step() -> None:
+    tracker = StepTracker()
+    t, after = torch.arange(90, -1, -10)[:2]
+    tracker.observe(position_of(t), t, object())
+    assert tracker.peek(position_of(after), object()) == (Tick(1, 0, 10), False)

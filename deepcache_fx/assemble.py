@@ -1,0 +1,198 @@
+"""One signature's programs, from a captured call: passes, split, passes on each variant, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from deepcache_fx.capture import Captured
+from deepcache_fx.compile import compile_variant, pick_backend
+from deepcache_fx.config import Options
+from deepcache_fx.cuda_graphs import RECORDERS, Recorder
+from deepcache_fx.errors import DeepCacheError
+from deepcache_fx.macs import total_macs
+from deepcache_fx.only import Only
+from deepcache_fx.programs import Called, Programs, PromptStage
+from deepcache_fx.recorded import Recorded
+from deepcache_fx.signature import Call
+from deepcache_fx.skips import find_skip_connections, pick_branch
+from deepcache_fx.split import RATES, Variant, Variants, split
+from passes import (
+    Canonicalize,
+    ChooseAttention,
+    FoldConstants,
+    FuseLinears,
+    MergeEqual,
+    Pass,
+    PassError,
+    PassRecord,
+    pass_name,
+    run_passes,
+)
+
+DEFAULT_PASSES: tuple[Pass, ...] = (Canonicalize(), FoldConstants(), MergeEqual())
+"""Exact passes, in order, applied to the captured graph before the split."""
+
+LAST_PASSES: tuple[Pass, ...] = (FuseLinears(), ChooseAttention())
+"""Those of them that run on each variant's step: after the user's passes, which match the plain operators."""
+
+
+@dataclass
+class Entry:
+    """One signature: its captured graph, split and compiled."""
+
+    captured: Captured
+    variants: Variants
+    prompts: Mapping[str, PromptStage]
+    """By variant, where it has such a stage."""
+    programs: Programs
+    passes: tuple[PassRecord, ...]
+    inputs: str
+    seconds: float = 0.0
+    """Of all that made it, the capture included."""
+
+    def release(self) -> None:
+        """Give recorded graphs back."""
+        self.programs.release()
+
+
+def assemble(
+    captured: Captured, call: Call, options: Options, model: str, recorders: MutableMapping[torch.device, Recorder]
+) -> Entry:
+    """Make the programs of a captured call. `model` is the name errors use; recorders are shared, one a device.
+
+    Raises:
+        DeepCacheError: a pass failed, there is no such branch, or the backend is unknown.
+    """
+    captured, records = apply_passes(captured, options)
+    branch = pick_branch(find_skip_connections(captured.graph.graph), options.branch, model)
+    rates = [name for name in RATES if options.uses(name)]
+    variants = split(captured, branch, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.forecast)
+    variants, more = finish(variants, options)
+    prompts = {"full": prompt_stage(variants.full), "shallow": prompt_stage(variants.shallow)}
+    return Entry(
+        captured,
+        variants,
+        {name: stage for name, stage in prompts.items() if stage is not None},
+        _programs(variants, call, options, recorders),
+        (*records, *more),
+        ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors),
+    )
+
+
+def default_names() -> list[str]:
+    """What `disable` takes: the default passes and the rates."""
+    return [*map(pass_name, (*DEFAULT_PASSES, *LAST_PASSES)), *RATES]
+
+
+def check_disabled(options: Options) -> None:
+    """Raise a DeepCacheError where `disable` names neither a default pass nor a rate."""
+    known = default_names()
+    unknown = set(options.disable) - {*known, "all"}
+    if unknown:
+        raise DeepCacheError(
+            f"disable names no default pass: {', '.join(sorted(unknown))}; there are: {', '.join(known)}"
+        )
+
+
+def apply_passes(captured: Captured, options: Options) -> tuple[Captured, tuple[PassRecord, ...]]:
+    """Run the default passes that are not disabled, then the user's, on what was captured.
+
+    Raises:
+        DeepCacheError: a pass failed (named), or `disable` names no default pass.
+    """
+    check_disabled(options)
+    first = [item for item in DEFAULT_PASSES if options.uses(pass_name(item))]
+    own = [item for item in options.passes if not isinstance(item, Only)]
+    try:
+        graph, records = run_passes(captured.graph, (*first, *own))
+    except PassError as error:
+        raise DeepCacheError(str(error)) from error
+    return captured.with_graph(graph), records
+
+
+def finish(variants: Variants, options: Options) -> tuple[Variants, tuple[PassRecord, ...]]:
+    """Run the user's passes for one variant alone, and the last default ones, on each variant's step.
+
+    Raises:
+        DeepCacheError: a pass failed (named).
+    """
+    last = [item for item in LAST_PASSES if options.uses(pass_name(item))]
+    everything: list[PassRecord] = []
+    steps: dict[str, Variant] = {}
+    for name, variant in (("full", variants.full), ("shallow", variants.shallow)):
+        own = [item.item for item in options.passes if isinstance(item, Only) and item.variant == name]
+        try:
+            step, records = run_passes(variant.step, (*own, *last))
+        except PassError as error:
+            raise DeepCacheError(f"{name} variant: {error}") from error
+        steps[name] = replace(variant, step=step, macs=total_macs(step.graph.nodes))
+        everything += [replace(record, name=f"{record.name} ({name})") for record in records]
+    return replace(variants, full=steps["full"], shallow=steps["shallow"]), tuple(everything)
+
+
+def prompt_stage(variant: Variant) -> PromptStage | None:
+    """What runs once per prompt, before a variant's steps."""
+    if variant.prompt is None:
+        return None
+    return PromptStage(variant.prompt.forward, variant.prompt_inputs, _weights(variant.prompt))
+
+
+def _programs(
+    variants: Variants, call: Call, options: Options, recorders: MutableMapping[torch.device, Recorder]
+) -> Programs:
+    device = call.sample.device
+    why_not = why_not_recorded(options, call)
+    called = Called(
+        full_program=compile_variant(variants.full.step, options, device),
+        shallow_program=compile_variant(variants.shallow.step, options, device),
+        num_outputs=variants.num_outputs,
+        order=options.forecast,
+        why_not_recorded=why_not or "off",
+    )
+    if why_not is not None:
+        return called
+    weights = {name: _weights(item.step) for name, item in (("full", variants.full), ("shallow", variants.shallow))}
+    return Recorded(called, _recorder(device, recorders), weights, variants.cache, device)
+
+
+def single_program(
+    step: fx.GraphModule,
+    options: Options,
+    device: torch.device,
+    why_not: str | None,
+    recorders: MutableMapping[torch.device, Recorder],
+) -> Programs:
+    """A graph that caches nothing, compiled and recorded as `options` say. Only `full` of it is to be called."""
+    program = compile_variant(step, options, device)
+    outputs = step.graph.output_node().args[0]
+    called = Called(program, program, len(outputs), why_not_recorded=why_not or "off")  # type: ignore[arg-type]
+    if why_not is not None:
+        return called
+    return Recorded(called, _recorder(device, recorders), {"full": _weights(step), "shallow": ()}, (), device)
+
+
+def _recorder(device: torch.device, recorders: MutableMapping[torch.device, Recorder]) -> Recorder:
+    if device not in recorders:
+        recorders[device] = RECORDERS[device.type](device)
+    return recorders[device]
+
+
+def _weights(graph: fx.GraphModule) -> tuple[torch.Tensor, ...]:
+    return (*graph.parameters(), *graph.buffers())
+
+
+def why_not_recorded(options: Options, call: Call) -> str | None:
+    """Why a call's programs are not to be recorded as CUDA graphs, or None."""
+    device = call.sample.device
+    if options.cuda_graphs is False:
+        return "off: cuda_graphs=False"
+    if device.type not in RECORDERS:
+        return f"off: the model runs on {device}"
+    if options.cuda_graphs == "auto" and pick_backend(options, device) == "eager":
+        return "off: the backend is eager (cuda_graphs=True records it all the same)"
+    elsewhere = [t.device for t in call.tensors if t.device != device]
+    return f"off: an input lies on {elsewhere[0]}, the sample on {device}" if elsewhere else None

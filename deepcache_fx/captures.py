@@ -1,0 +1,52 @@
+"""What was captured, by settings and signature: as many as are wanted, the least recently used goes first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Protocol, TypeVar
+
+import torch
+
+from deepcache_fx.capture import CAPTURE_LOCK, Captured
+
+
+class Releasable(Protocol):
+    captured: Captured
+
+    def release(self) -> None:
+        """Give recorded graphs back."""
+
+
+E = TypeVar("E", bound=Releasable)
+
+
+def find_or_make(
+    entries: OrderedDict[Hashable, E], key: Hashable, make: Callable[[], E], module: torch.nn.Module, limit: int
+) -> E:
+    """The entry of that key, made now if there is none, under the lock that captures need."""
+    entry = entries.get(key)
+    if entry is None:
+        dropped: list[E] = []
+        with CAPTURE_LOCK:
+            entry = entries.get(key)  # another thread may have been first
+            if entry is None:
+                entry = make()
+                dropped += _with_replaced_weights(entries, module)
+                entries[key] = entry
+                while len(entries) > limit:
+                    dropped.append(entries.popitem(last=False)[1])
+        for old in dropped:  # not under the lock, which recorded programs take after their own
+            old.release()
+    elif len(entries) > 1:
+        with CAPTURE_LOCK:
+            if key in entries:
+                entries.move_to_end(key)
+    return entry
+
+
+def _with_replaced_weights(entries: OrderedDict[Hashable, E], module: torch.nn.Module) -> list[E]:
+    """Programs over parameters that the module no longer has can never run again: let go of those."""
+    live = {id(p) for p in module.parameters()}
+    replaced = [key for key, e in entries.items() if any(id(p) not in live for p in e.captured.graph.parameters())]
+    return [entries.pop(key) for key in replaced]
