@@ -138,7 +138,7 @@ def restore(target: T) -> T:
     if runtime is not None:
         runtime.stop_watching()
         detach(module)
-        runtime.weights_format.undo()
+        runtime.restore_weights()
     return target
 
 

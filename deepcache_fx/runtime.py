@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from deepcache_fx import memory_format
-from deepcache_fx.assemble import Entry, assemble
+from deepcache_fx.assemble import Entry, Weights, assemble
 from deepcache_fx.capture import CAPTURE_LOCK, capture, refuse_layerwise_offload
 from deepcache_fx.compile import pick_backend
 from deepcache_fx.config import Options
@@ -25,6 +25,7 @@ from deepcache_fx.programs import DeepFeature, PromptValues, Values
 from deepcache_fx.report import CaptureReport, Counts, Report
 from deepcache_fx.signature import Call, CallReader, UnsupportedInput
 from deepcache_fx.steps import StepTracker, Tick, position_of, value_position
+from passes.weight_layout import WeightLayout
 
 
 @dataclass
@@ -86,15 +87,21 @@ class Runtime:
         self.device: torch.device | None = None
         self.on_first_failure: Callable[[torch.nn.Module], object] = lambda module: None
         self._watches: list[Watch] = []
-        self.weights_format = memory_format.ChannelsLastWeights()
+        self._weights_format = memory_format.ChannelsLastWeights()
+        self._layout = WeightLayout()
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._recorders: dict[torch.device, Recorder] = {}
         self._state = ThreadState()
 
     def adopt(self, before: Runtime) -> None:
         """Take over the programs of a runtime whose options differ in the schedule alone."""
-        self._entries, self._recorders = before._entries, before._recorders
+        self._entries, self._recorders, self._layout = before._entries, before._recorders, before._layout
         self.counts.captures, self.device = before.counts.captures, before.device
+
+    def restore_weights(self) -> None:
+        """Give the model's weights the strides and the memory that they had, whatever their values are by now."""
+        self._weights_format.undo()
+        self._layout.undo()
 
     # What schedulers announce.
 
@@ -208,10 +215,13 @@ class Runtime:
 
     def _settings(self, module: torch.nn.Module, call: Call) -> Hashable:
         """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first."""
-        device = call.sample.device
-        if device.type in memory_format.DEVICE_TYPES and pick_backend(self.options, device) != "eager":
-            self.weights_format.convert(module)
+        if self._moves_weights(call.sample.device):
+            self._weights_format.convert(module)
+            self._layout.renew(module)
         return fingerprint(module)
+
+    def _moves_weights(self, device: torch.device) -> bool:
+        return device.type in memory_format.DEVICE_TYPES and pick_backend(self.options, device) != "eager"
 
     def _entry(self, module: torch.nn.Module, call: Call, settings: Hashable) -> Entry:
         """The programs for calls like this one, captured now if there are none yet."""
@@ -219,16 +229,17 @@ class Runtime:
         entry = self._entries.get(key)
         if entry is None:
             dropped: list[Entry] = []
-            with CAPTURE_LOCK:
-                entry = self._entries.get(key)  # another thread may have been first
-                if entry is None:
-                    entry = self._make_entry(module, call)
-                    dropped += self._drop_replaced_weights(module)
-                    self._entries[key] = entry
-                    while len(self._entries) > self.options.max_captures:
-                        dropped.append(self._entries.popitem(last=False)[1])
-            for old in dropped:  # not under the lock, which recorded programs take after their own
-                old.programs.release()
+            try:
+                with CAPTURE_LOCK:
+                    entry = self._entries.get(key)  # another thread may have been first
+                    if entry is None:
+                        dropped += self._drop_replaced_weights(module)
+                        entry = self._entries[key] = self._make_entry(module, call)
+                        while len(self._entries) > self.options.max_captures:
+                            dropped.append(self._entries.popitem(last=False)[1])
+            finally:
+                for old in dropped:  # not under the lock, which recorded programs take after their own
+                    old.programs.release()
         elif len(self._entries) > 1:
             with CAPTURE_LOCK:
                 if key in self._entries:
@@ -238,6 +249,7 @@ class Runtime:
     def _drop_replaced_weights(self, module: torch.nn.Module) -> list[Entry]:
         """Programs over parameters that the module no longer has can never run again: let go of those."""
         live = {id(p) for p in module.parameters()}
+        self._layout.keep_only(live)
         replaced = [
             key for key, e in self._entries.items() if any(id(p) not in live for p in e.captured.graph.parameters())
         ]
@@ -248,7 +260,15 @@ class Runtime:
         try:
             refuse_layerwise_offload(module)
             captured = capture(module, call, self.reader, self.model_class)
-            entry = assemble(captured, call, self.options, self.model_class.__name__, self._recorders)
+            weights = Weights(self._layout, module, in_use=bool(self._entries))
+            entry = assemble(
+                captured,
+                call,
+                self.options,
+                name=self.model_class.__name__,
+                recorders=self._recorders,
+                weights=weights if self._moves_weights(call.sample.device) else None,
+            )
         except DeepCacheError:
             if not self.counts.captures:
                 self.on_first_failure(module)
