@@ -144,7 +144,7 @@ def restore(target: T) -> T:
     if runtime is not None:
         runtime.stop_watching()
         detach(module)
-        runtime.weights_format.undo()
+        runtime.weights.restore()
     return target
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import fx
@@ -32,12 +33,16 @@ from passes import (
     pass_name,
     run_passes,
 )
+from passes.fuse_linears import bind, sibling_parameters
+from passes.weight_layout import Joined, WeightLayout
 
 DEFAULT_PASSES: tuple[Pass, ...] = (Canonicalize(), FoldConstants(), MergeEqual())
 """Exact passes, in order, applied to the captured graph before the split."""
 
-LAST_PASSES: tuple[Pass, ...] = (FuseLinears(), ChooseAttention())
-"""Those of them that run on each variant's step: after the user's passes, which match the plain operators."""
+
+def last_passes(layout: WeightLayout | None = None) -> tuple[FuseLinears, ChooseAttention]:
+    """Those that run on each variant's step: after the user's passes, which match the plain operators."""
+    return FuseLinears(layout), ChooseAttention()
 
 
 @dataclass
@@ -59,25 +64,41 @@ class Entry:
         self.programs.release()
 
 
+@dataclass(frozen=True)
+class ToLayOut:
+    """The weights of a model that may be laid out (see `FuseLinears`)."""
+
+    layout: WeightLayout
+    model: torch.nn.Module
+    in_use: bool
+    """True where a program reads them, maybe at this moment: they then stay where they are."""
+
+
 def assemble(
-    captured: Captured, call: Call, options: Options, model: str, recorders: MutableMapping[torch.device, Recorder]
+    captured: Captured,
+    call: Call,
+    options: Options,
+    *,
+    name: str,
+    recorders: MutableMapping[torch.device, Recorder],
+    weights: ToLayOut | None,
 ) -> Entry:
-    """Make the programs of a captured call. `model` is the name errors use; recorders are shared, one a device.
+    """Make the programs of a captured call. `name` is the model's, for errors; recorders are shared, one a device.
 
     Raises:
         DeepCacheError: a pass failed, there is no such branch, or the backend is unknown.
     """
     captured, records = apply_passes(captured, options)
-    branch = pick_branch(find_skip_connections(captured.graph.graph), options.branch, model)
+    branch = pick_branch(find_skip_connections(captured.graph.graph), options.branch, name)
     rates = [name for name in RATES if options.uses(name)]
     variants = split(captured, branch, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.forecast)
-    variants, more = finish(variants, options)
+    variants, more, joined = finish(variants, options, weights)
     prompts = {"full": prompt_stage(variants.full), "shallow": prompt_stage(variants.shallow)}
     return Entry(
         captured,
         variants,
         {name: stage for name, stage in prompts.items() if stage is not None},
-        _programs(variants, call, options, recorders),
+        _programs(variants, joined, call, options, recorders),
         (*records, *more),
         ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors),
     )
@@ -85,7 +106,8 @@ def assemble(
 
 def default_names() -> list[str]:
     """What `disable` takes: the default passes and the rates."""
-    return [*map(pass_name, (*DEFAULT_PASSES, *LAST_PASSES)), *RATES]
+    passes: tuple[Pass, ...] = (*DEFAULT_PASSES, *last_passes())
+    return [*map(pass_name, passes), *RATES]
 
 
 def check_disabled(options: Options) -> None:
@@ -114,24 +136,45 @@ def apply_passes(captured: Captured, options: Options) -> tuple[Captured, tuple[
     return captured.with_graph(graph), records
 
 
-def finish(variants: Variants, options: Options) -> tuple[Variants, tuple[PassRecord, ...]]:
+def finish(
+    variants: Variants, options: Options, weights: ToLayOut | None = None
+) -> tuple[Variants, tuple[PassRecord, ...], Mapping[str, tuple[Joined, ...]]]:
     """Run the user's passes for one variant alone, and the last default ones, on each variant's step.
+
+    Returns:
+        The variants, what the passes did, and by variant the weights that its step takes as further inputs.
 
     Raises:
         DeepCacheError: a pass failed (named).
     """
-    last = [item for item in LAST_PASSES if options.uses(pass_name(item))]
-    everything: list[PassRecord] = []
-    steps: dict[str, Variant] = {}
-    for name, variant in (("full", variants.full), ("shallow", variants.shallow)):
-        own = [item.item for item in options.passes if isinstance(item, Only) and item.variant == name]
+    steps = {"full": variants.full.step, "shallow": variants.shallow.step}
+    records: dict[str, list[PassRecord]] = {name: [] for name in steps}
+
+    def run(name: str, passes: Sequence[Pass]) -> None:
         try:
-            step, records = run_passes(variant.step, (*own, *last))
+            steps[name], more = run_passes(steps[name], passes)
         except PassError as error:
             raise DeepCacheError(f"{name} variant: {error}") from error
-        steps[name] = replace(variant, step=step, macs=total_macs(step.graph.nodes))
-        everything += [replace(record, name=f"{record.name} ({name})") for record in records]
-    return replace(variants, full=steps["full"], shallow=steps["shallow"]), tuple(everything)
+        records[name] += [replace(record, name=f"{record.name} ({name})") for record in more]
+
+    for name in steps:
+        run(name, [item.item for item in options.passes if isinstance(item, Only) and item.variant == name])
+    if weights is not None and options.uses("fuse_linears") and not weights.in_use:
+        # The few of the shallow step first: then those lie together for both.
+        groups = [*sibling_parameters(steps["shallow"]), *sibling_parameters(steps["full"])]
+        weights.layout.lay_out(groups, within=weights.model)
+    last = {name: last_passes(weights.layout if weights is not None else None) for name in steps}
+    for name in steps:
+        run(name, [item for item in last[name] if options.uses(pass_name(item))])
+    finished = {
+        name: replace(variant, step=steps[name], macs=total_macs(steps[name].graph.nodes))
+        for name, variant in (("full", variants.full), ("shallow", variants.shallow))
+    }
+    return (
+        replace(variants, full=finished["full"], shallow=finished["shallow"]),
+        (*records["full"], *records["shallow"]),
+        {name: fuse.joined for name, (fuse, _) in last.items()},
+    )
 
 
 def prompt_stage(variant: Variant) -> PromptStage | None:
@@ -142,20 +185,29 @@ def prompt_stage(variant: Variant) -> PromptStage | None:
 
 
 def _programs(
-    variants: Variants, call: Call, options: Options, recorders: MutableMapping[torch.device, Recorder]
+    variants: Variants,
+    joined: Mapping[str, Sequence[Joined]],
+    call: Call,
+    options: Options,
+    recorders: MutableMapping[torch.device, Recorder],
 ) -> Programs:
     device = call.sample.device
     why_not = why_not_recorded(options, call)
+    steps = {"full": variants.full.step, "shallow": variants.shallow.step}
+    programs = {name: bind(compile_variant(step, options, device), joined[name]) for name, step in steps.items()}
     called = Called(
-        full_program=compile_variant(variants.full.step, options, device),
-        shallow_program=compile_variant(variants.shallow.step, options, device),
+        full_program=programs["full"],
+        shallow_program=programs["shallow"],
         num_outputs=variants.num_outputs,
         order=options.forecast,
         why_not_recorded=why_not or "off",
     )
     if why_not is not None:
         return called
-    weights = {name: _weights(item.step) for name, item in (("full", variants.full), ("shallow", variants.shallow))}
+    weights = {
+        name: (*_weights(step), *chain.from_iterable(one.weights for one in joined[name]))
+        for name, step in steps.items()
+    }
     return Recorded(called, _recorder(device, recorders), weights, variants.cache, device)
 
 

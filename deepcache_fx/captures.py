@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Protocol, TypeVar
 
 import torch
@@ -22,22 +22,33 @@ E = TypeVar("E", bound=Releasable)
 
 
 def find_or_make(
-    entries: OrderedDict[Hashable, E], key: Hashable, make: Callable[[], E], module: torch.nn.Module, limit: int
+    entries: OrderedDict[Hashable, E],
+    key: Hashable,
+    make: Callable[[], E],
+    module: torch.nn.Module,
+    limit: int,
+    keep_only: Callable[[Collection[int]], object],
 ) -> E:
-    """The entry of that key, made now if there is none, under the lock that captures need."""
+    """The entry of that key, made now if there is none, under the lock that captures need.
+
+    `keep_only` is told the ids of the parameters that the module has, before an entry is made.
+    """
     entry = entries.get(key)
     if entry is None:
         dropped: list[E] = []
-        with CAPTURE_LOCK:
-            entry = entries.get(key)  # another thread may have been first
-            if entry is None:
-                entry = make()
-                dropped += _with_replaced_weights(entries, module)
-                entries[key] = entry
-                while len(entries) > limit:
-                    dropped.append(entries.popitem(last=False)[1])
-        for old in dropped:  # not under the lock, which recorded programs take after their own
-            old.release()
+        try:
+            with CAPTURE_LOCK:
+                entry = entries.get(key)  # another thread may have been first
+                if entry is None:
+                    live = {id(p) for p in module.parameters()}
+                    keep_only(live)
+                    dropped += _with_replaced_weights(entries, live)
+                    entry = entries[key] = make()
+                    while len(entries) > limit:
+                        dropped.append(entries.popitem(last=False)[1])
+        finally:
+            for old in dropped:  # not under the lock, which recorded programs take after their own
+                old.release()
     elif len(entries) > 1:
         with CAPTURE_LOCK:
             if key in entries:
@@ -45,8 +56,7 @@ def find_or_make(
     return entry
 
 
-def _with_replaced_weights(entries: OrderedDict[Hashable, E], module: torch.nn.Module) -> list[E]:
+def _with_replaced_weights(entries: OrderedDict[Hashable, E], live: Collection[int]) -> list[E]:
     """Programs over parameters that the module no longer has can never run again: let go of those."""
-    live = {id(p) for p in module.parameters()}
     replaced = [key for key, e in entries.items() if any(id(p) not in live for p in e.captured.graph.parameters())]
     return [entries.pop(key) for key in replaced]

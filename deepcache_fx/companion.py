@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from deepcache_fx import memory_format
 from deepcache_fx.capture import capture, refuse_layerwise_offload
 from deepcache_fx.captures import find_or_make
 from deepcache_fx.companion_programs import CompanionEntry, assemble_companion
@@ -30,8 +29,9 @@ from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.pairing import Coming, Handed
 from deepcache_fx.programs import PromptValues, Values
 from deepcache_fx.report import CompanionCapture, CompanionReport
-from deepcache_fx.runtime import Runtime, settings_of, why_original
+from deepcache_fx.runtime import Runtime, why_original
 from deepcache_fx.signature import Call, UnsupportedInput
+from deepcache_fx.weights import Weights
 
 _FAILURES_KEPT = 64
 
@@ -64,7 +64,7 @@ class Companion:
     def __init__(self, model_class: type[torch.nn.Module], runtime: Runtime) -> None:
         self.model_class = model_class
         self.reader = ConditioningReader(model_class.forward)
-        self.weights_format = memory_format.ChannelsLastWeights()
+        self.weights = Weights(runtime.options)
         self._options = runtime.options
         self._runtime = weakref.ref(runtime)
         self._recorders = runtime.recorders
@@ -101,7 +101,7 @@ class Companion:
         run = self._state.run
         with torch.no_grad():
             if coming.begins_run or run.settings is None:
-                run.settings = settings_of(module, call, self._options, self.weights_format)
+                run.settings = self.weights.settings(module, call.sample.device)
             entry = self._entry(module, call, run.settings)
             if isinstance(entry, CompanionEntry):
                 leaves = self._leaves(entry, call, coming, run)
@@ -193,9 +193,8 @@ class Companion:
         if failure is not None:
             return failure
         try:
-            return find_or_make(
-                self._entries, key, partial(self._make_entry, module, call), module, self._options.max_captures
-            )
+            make = partial(self._make_entry, module, call)
+            return find_or_make(self._entries, key, make, module, self._options.max_captures, self.weights.keep_only)
         except DeepCacheError as error:
             if len(self._failures) >= _FAILURES_KEPT:
                 self._failures.clear()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from deepcache_fx.assemble import LAST_PASSES, apply_passes, prompt_stage, single_program, why_not_recorded
+from deepcache_fx.assemble import apply_passes, last_passes, prompt_stage, single_program, why_not_recorded
 from deepcache_fx.capture import CAPTURE_LOCK, Captured
 from deepcache_fx.conditioning import multiply_in_float32
 from deepcache_fx.config import Options
@@ -88,7 +88,7 @@ class CompanionEntry:
     def _step(self, outputs: tuple[int, ...], name: str) -> Step:
         started = time.perf_counter()
         graph = keep_outputs(self.staged, outputs)
-        last = [item for item in LAST_PASSES if self.options.uses(pass_name(item))]
+        last = [item for item in last_passes(None) if self.options.uses(pass_name(item))]
         try:
             graph, records = run_passes(graph, last)
         except PassError as error:

@@ -27,7 +27,8 @@ class ChannelsLastWeights:
             if not isinstance(conv, torch.nn.Conv2d) or not _in_channels_first(conv.weight):
                 continue
             weight = conv.weight
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            with torch.inference_mode(False):  # else no gradient could ever be taken of it
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
             self._converted[id(weight)] = weakref.ref(weight)
         return len(self._converted) - before
 
@@ -36,7 +37,8 @@ class ChannelsLastWeights:
         for reference in self._converted.values():
             weight = reference()
             if weight is not None and weight.is_contiguous(memory_format=torch.channels_last):
-                weight.data = weight.data.contiguous()
+                with torch.inference_mode(False):
+                    weight.data = weight.data.contiguous()
         self._converted.clear()
 
 

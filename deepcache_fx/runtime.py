@@ -14,8 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from deepcache_fx import memory_format
-from deepcache_fx.assemble import Entry, assemble
+from deepcache_fx.assemble import Entry, ToLayOut, assemble
 from deepcache_fx.capture import capture, refuse_layerwise_offload
 from deepcache_fx.captures import find_or_make
 from deepcache_fx.compile import pick_backend
@@ -23,13 +22,13 @@ from deepcache_fx.config import Options
 from deepcache_fx.cuda_graphs import Recorder
 from deepcache_fx.deferred import all_computed, computed
 from deepcache_fx.errors import DeepCacheError, ScheduleError
-from deepcache_fx.fingerprint import fingerprint
 from deepcache_fx.listing import Listings
 from deepcache_fx.pairing import Coming, Expectation, Handed, Pairing, pair
 from deepcache_fx.programs import DeepFeature, PromptValues, Values
 from deepcache_fx.report import CaptureReport, CompanionReport, Counts, Report
 from deepcache_fx.signature import Call, CallReader, UnsupportedInput
 from deepcache_fx.steps import StepTracker, Tick, position_of, value_position
+from deepcache_fx.weights import Weights
 
 
 @dataclass
@@ -101,14 +100,14 @@ class Runtime:
         self.device: torch.device | None = None
         self.on_first_failure: Callable[[torch.nn.Module], object] = lambda module: None
         self._watches: list[Watch] = []
-        self.weights_format = memory_format.ChannelsLastWeights()
+        self.weights = Weights(options)
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self.recorders: dict[torch.device, Recorder] = {}
         self._state = ThreadState()
 
     def adopt(self, before: Runtime) -> None:
         """Take over the programs of a runtime whose options differ in the schedule alone."""
-        self._entries, self.recorders = before._entries, before.recorders
+        self._entries, self.recorders, self.weights = before._entries, before.recorders, before.weights
         self.counts.captures, self.device = before.counts.captures, before.device
 
     # What schedulers announce.
@@ -197,7 +196,7 @@ class Runtime:
             state.clear()
             state.trace = []
             state.expected.runs += 1
-            settings = settings_of(module, call, self.options, self.weights_format)
+            settings = self.weights.settings(module, call.sample.device)
             if settings != state.fingerprint:  # else the same object: then every look-up is quick
                 state.fingerprint = settings
             self._check_num_steps(module, tick)
@@ -262,19 +261,29 @@ class Runtime:
 
     def prepare(self, module: torch.nn.Module, call: Call) -> Entry:
         """Capture and split for calls like this one, ahead of the first."""
-        return self._entry(module, call, settings_of(module, call, self.options, self.weights_format))
+        return self._entry(module, call, self.weights.settings(module, call.sample.device))
 
     def _entry(self, module: torch.nn.Module, call: Call, settings: Hashable) -> Entry:
         """The programs for calls like this one, captured now if there are none yet."""
         make = functools.partial(self._make_entry, module, call)
-        return find_or_make(self._entries, (settings, call.key), make, module, self.options.max_captures)
+        return find_or_make(
+            self._entries, (settings, call.key), make, module, self.options.max_captures, self.weights.keep_only
+        )
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
         try:
             refuse_layerwise_offload(module)
             captured = capture(module, call, self.reader, self.model_class)
-            entry = assemble(captured, call, self.options, self.model_class.__name__, self.recorders)
+            to_lay_out = ToLayOut(self.weights.layout, module, in_use=bool(self._entries))
+            entry = assemble(
+                captured,
+                call,
+                self.options,
+                name=self.model_class.__name__,
+                recorders=self.recorders,
+                weights=to_lay_out if self.weights.are_moved(call.sample.device) else None,
+            )
         except DeepCacheError:
             if not self.counts.captures:
                 self.on_first_failure(module)
@@ -323,16 +332,6 @@ class Runtime:
             signatures=signatures,
             companions=tuple(found for found in (watch.report() for watch in self.watches()) if found is not None),
         )
-
-
-def settings_of(
-    module: torch.nn.Module, call: Call, options: Options, weights_format: memory_format.ChannelsLastWeights
-) -> Hashable:
-    """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first."""
-    device = call.sample.device
-    if device.type in memory_format.DEVICE_TYPES and pick_backend(options, device) != "eager":
-        weights_format.convert(module)
-    return fingerprint(module)
 
 
 def why_original(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:

@@ -1,18 +1,20 @@
 """Compute linear layers that read the same input as one product.
 
-    q = linear(x, Wq)                 W = as_strided(Wq, [3 * C, K], [K, 1])     (or cat([Wq, Wk, Wv]))
-    k = linear(x, Wk)           ->    y = linear(x, W)
-    v = linear(x, Wv)                 q, k, v = y[..., :C], y[..., C : 2 * C], y[..., 2 * C :]
+    graph(x)                          graph(x, W)         W = Joined((Wq, Wk, Wv)).tensor()
+        q = linear(x, Wq)                 y = linear(x, W)
+        k = linear(x, Wk)       ->        q = y[..., :C]
+        v = linear(x, Wv)                 k, v = y[..., C : 2 * C], y[..., 2 * C :]
 
 Self-attention's Q, K and V, cross-attention's K and V, and the time projections of all residual blocks are such layers.
 The last have a SiLU each of the same embedding: `MergeEqual` must come first. Several variants of a graph that need
 different layers must be fused each by itself, after dead code is gone: a product is computed whole.
 
-No second copy of the weights lives on, and changes of them in place are seen:
+No second copy of the weights lives on, and changes of them are seen:
 
-- Where `lay_out` put weights one after another in one storage, the graph reads them as one matrix. Nothing is copied.
-  The caller must see to it that they still lie so when the graph runs (`WeightLayout.intact`): if not, it fails, or
-  where only some have moved, reads old weights. So weights that happen to lie together are not taken for laid out.
+- Weights that a `WeightLayout` has put one after another are read as one matrix, without a copy. The graph takes it as
+  a further input, after all others: `joined` says of which weights, in order, and `bind` gives it at every call. (As an
+  input: a graph that read on past the end of a parameter would do what no compiler expects. Inductor's autotuning, for
+  one, would have it read a stand-in of the parameter's own size.)
 - Else the graph joins them at every call, where that pays: it reads and writes every weight once more, and reads the
   input of K numbers a row once instead of n times. So the input must have more rows than 2 * (all outputs) / (n - 1):
   true of the tokens of a large image, false of a prompt or a time embedding.
@@ -26,17 +28,18 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from passes.match import is_op, tensor
+from passes.match import is_op, tensor, value
 from passes.operators import argument, count
 from passes.rewrite import Declined, add_call, is_returned, origin, propagate, views_of
-from passes.weight_layout import WeightLayout, are_adjacent, place_of
+from passes.weight_layout import Joined, WeightLayout
 
 aten = torch.ops.aten
 
@@ -51,6 +54,8 @@ class FuseLinears(PassBase):
         layout: Weights and biases that were laid out, if any.
 
     Attributes:
+        joined: What the inputs stand for that the last call added to the graph.
+        done: The layers that the last call has put together, and how.
         declined: The siblings that the last call left apart, and why.
     """
 
@@ -58,11 +63,15 @@ class FuseLinears(PassBase):
 
     def __init__(self, layout: WeightLayout | None = None) -> None:
         super().__init__()
-        self.layout = layout or WeightLayout(())
+        self.layout = layout if layout is not None else WeightLayout()
+        self.joined: tuple[Joined, ...] = ()
+        self.done: tuple[str, ...] = ()
         self.declined: tuple[Declined, ...] = ()
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         declined = []
+        done = []
+        self.joined = ()
         parts: list[fx.Node] = []
         for siblings in _siblings(graph_module):
             free = [node for node in siblings if not _is_bound(node)]
@@ -70,9 +79,11 @@ class FuseLinears(PassBase):
                 bound = tuple(node.name for node in siblings if node not in free)
                 declined.append(Declined(bound, "an output or an operator after it depends on the strides"))
             runs, rest = self._runs(graph_module, free)
+            done += [f"{_names(run)}: read as one" for run in runs]
             if len(rest) > 1:
                 if _pays(rest):
                     runs.append(rest)
+                    done.append(f"{_names(rest)}: weights joined at every call")
                 else:
                     reason = (
                         "the weights are not laid out together, and there are too few rows to join them at every call"
@@ -81,20 +92,14 @@ class FuseLinears(PassBase):
             for run in runs:
                 parts += self._fuse(graph_module, run)
         propagate(graph_module.graph, parts)
-        self.declined = tuple(declined)
+        self.declined, self.done = tuple(declined), tuple(done)
         return PassResult(graph_module, bool(parts))
 
     def _runs(self, module: fx.GraphModule, nodes: Sequence[fx.Node]) -> tuple[list[list[fx.Node]], list[fx.Node]]:
         """The nodes whose weights were laid out one after another, in that order, and the other nodes."""
-        weights = {node: _read(module, argument(node, "weight")) for node in nodes}
-        laid_out = [node for node in nodes if self.layout.has(weights[node])]
-        runs: list[list[fx.Node]] = []
-        for node in sorted(laid_out, key=lambda node: place_of(weights[node])):
-            if runs and are_adjacent([weights[runs[-1][-1]], weights[node]]):
-                runs[-1].append(node)
-            else:
-                runs.append([node])
-        fusible = [run for run in runs if len(run) > 1]
+        by_weight = {id(_read(module, argument(node, "weight"))): node for node in nodes}
+        runs = self.layout.runs(_read(module, argument(node, "weight")) for node in nodes)
+        fusible = [[by_weight[id(weight)] for weight in run] for run in runs]
         inside = {node for run in fusible for node in run}
         return fusible, [node for node in nodes if node not in inside]
 
@@ -122,43 +127,48 @@ class FuseLinears(PassBase):
         return parts
 
     def _join(self, module: fx.GraphModule, nodes: Sequence[fx.Node], *, before: fx.Node) -> fx.Node:
-        """The parameters end to end: read in place where they lie so, else put together."""
+        """The parameters end to end: an input where they lie so, else put together."""
         tensors = [_read(module, node) for node in nodes]
+        if [list(map(id, run)) for run in self.layout.runs(tensors)] == [list(map(id, tensors))]:
+            self.joined += (Joined(tuple(tensors)),)
+            return _add_input(module.graph, nodes)
         # The originals may come later in the graph than the first layer.
         again = []
         with module.graph.inserting_before(before):
             for node in nodes:
                 again.append(module.graph.get_attr(str(node.target)))
                 again[-1].meta = {**origin(node), "val": node.meta["val"]}
-        if not (all(map(self.layout.has, tensors)) and are_adjacent(tensors)):
-            return add_call(aten.cat.default, (again, 0), before=before, like=before)
-        for node in again[1:]:
-            module.graph.erase_node(node)
-        size = [sum(len(one) for one in tensors), *tensors[0].shape[1:]]
-        # Without an offset: from where the first one begins.
-        return add_call(
-            aten.as_strided.default, (again[0], size, list(tensors[0].stride())), before=before, like=before
-        )
+        return add_call(aten.cat.default, (again, 0), before=before, like=before)
 
 
-def sibling_parameters(module: fx.GraphModule) -> list[list[torch.nn.Parameter]]:
-    """The weights of siblings, and their biases: groups as `lay_out` takes them, every parameter once.
+def bind(program: Callable[..., Any], joined: Sequence[Joined]) -> Callable[..., Any]:
+    """The program of a fused graph as one of the other inputs: it reads the weights as they are at each call."""
+    if not joined:
+        return program
+
+    def bound(*inputs: torch.Tensor) -> Any:
+        return program(*inputs, *[one.tensor() for one in joined])
+
+    return bound
+
+
+def sibling_parameters(module: fx.GraphModule) -> list[list[torch.Tensor]]:
+    """The weights of siblings that can be fused, and their biases: groups as `WeightLayout.lay_out` takes them.
 
     Example:
-        >>> layout = lay_out(sibling_parameters(graph_module))
-        >>> run_passes(graph_module, [FuseLinears(layout)])
+        >>> layout = WeightLayout()
+        >>> layout.lay_out(sibling_parameters(graph_module), within=unet)
+        >>> fuse = FuseLinears(layout)
+        >>> run_passes(graph_module, [fuse])
+        >>> program = bind(graph_module, fuse.joined)
     """
-    groups: list[list[torch.nn.Parameter]] = []
-    seen: set[int] = set()
+    groups = []
     for siblings in _siblings(module):
+        free = [node for node in siblings if not _is_bound(node)]
         for name in ("weight", "bias"):
-            nodes = [argument(node, name) for node in siblings]
-            values = [_read(module, node) for node in nodes if node is not None]
-            group = [one for one in values if isinstance(one, torch.nn.Parameter) and id(one) not in seen]
-            seen |= {id(one) for one in group}
-            if len(group) > 1:
-                groups.append(group)
-    return groups
+            nodes = [argument(node, name) for node in free]
+            groups.append([_read(module, node) for node in nodes if node is not None])
+    return [group for group in groups if len(group) > 1]
 
 
 def _siblings(module: fx.GraphModule) -> list[list[fx.Node]]:
@@ -179,9 +189,13 @@ def _siblings(module: fx.GraphModule) -> list[list[fx.Node]]:
 
 
 def _read(module: fx.GraphModule, node: fx.Node) -> torch.Tensor:
-    value = operator.attrgetter(str(node.target))(module)
-    assert isinstance(value, torch.Tensor)
-    return value
+    found = operator.attrgetter(str(node.target))(module)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def _names(nodes: Sequence[fx.Node]) -> str:
+    return ", ".join(node.name for node in nodes)
 
 
 def _is_bound(node: fx.Node) -> bool:
@@ -204,6 +218,15 @@ def _let_views_copy(node: fx.Node) -> None:
         for user in view.users:
             if is_op(user, *_VIEWS):
                 user.target = aten.reshape.default
+
+
+def _add_input(graph: fx.Graph, parts: Sequence[fx.Node]) -> fx.Node:
+    """An input after all others, for these values end to end."""
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last), torch.no_grad():
+        node = graph.placeholder(f"joined_{parts[0].name}")
+        node.meta = {**origin(parts[0]), "val": torch.cat([value(part) for part in parts])}
+    return node
 
 
 def _erase_unused(graph: fx.Graph) -> None:

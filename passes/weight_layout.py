@@ -1,83 +1,207 @@
 """Let weights lie one after another in one storage, so that a graph can read several as one matrix, without a copy.
 
 Every parameter keeps its identity, its name, its shape and its values, and is written to as before; only its memory
-moves. `model.to(...)`, offloading and whatever else replaces a parameter's data part them again: ask `intact()` before
-running a graph that relies on the layout.
+moves. `model.to(...)`, offloading, `parameter.data = ...` and whatever else replaces a parameter's data part them
+again. That must never be a wrong result, so nobody keeps the matrix: `Joined.tensor` takes it anew from the parameters
+at every use. It is a view where they lie together at that moment, and else a copy of what they hold: slower, never
+stale. `lay_out` and `renew`, which move weights, belong where no program is reading them.
+
+A weight moves only where the layout knows all that shares its memory. Two parameters over one storage, or a parameter
+within a larger one (a flat buffer of the user's), stay as they are. Tensors outside the model that alias a weight are
+parted from it, as by `model.to`. In a plain pickle, which stores the storage of each parameter, weights that lie
+together are stored as often as they are many; `torch.save`, safetensors and `copy.deepcopy` are as before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, compress
 
 import torch
 
+_MOVING = threading.RLock()
+"""Of all layouts: two models may share parameters."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Neighbours in a layout, read as one."""
+
+    weights: tuple[torch.Tensor, ...]
+
+    def tensor(self) -> torch.Tensor:
+        """The weights end to end, as they are now. Read it and let go of it: it holds the memory of all of them."""
+        if not lie_together(self.weights):
+            return torch.cat([weight.data for weight in self.weights])
+        first = self.weights[0].data
+        size = (sum(map(len, self.weights)), *first.shape[1:])
+        return first.as_strided(size, first.stride()).data  # from where the first one begins; no view to autograd
+
+
 class WeightLayout:
-    """What `lay_out` did."""
-
-    groups: tuple[tuple[torch.nn.Parameter, ...], ...]
-
-    def has(self, weight: torch.Tensor) -> bool:
-        """True for a weight that was laid out."""
-        return any(weight is one for group in self.groups for one in group)
-
-    def intact(self) -> bool:
-        """True while the weights of every group still lie one after another."""
-        return all(are_adjacent(group) for group in self.groups)
-
-    def undo(self) -> None:
-        """Give every weight memory of its own again. Values stay; once undone, does nothing."""
-        for group in self.groups:
-            for weight in group:
-                if weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
-                    weight.data = weight.data.clone()
-
-
-def lay_out(groups: Iterable[Sequence[torch.nn.Parameter]]) -> WeightLayout:
-    """Move each group of weights into one storage of its own, in order.
-
-    Needs memory for one group at a time besides the weights themselves. The caller sees to it that nothing else holds
-    the old memory: a recorded CUDA graph, say.
-
-    Raises:
-        ValueError: the weights of a group differ in dtype, device or width, or one is given twice; nothing has moved.
+    """Groups of weights, each in one storage of its own.
 
     Example:
-        >>> layout = lay_out([[attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]])
+        >>> layout = WeightLayout()
+        >>> layout.lay_out([[attention.to_q.weight, attention.to_k.weight]], within=unet)
         >>> layout.undo()
     """
-    result = WeightLayout(tuple(tuple(group) for group in groups))
-    weights = [weight for group in result.groups for weight in group]
-    if len({id(weight) for weight in weights}) < len(weights):
-        raise ValueError("a weight is given twice: it can lie in one place only")
-    for group in result.groups:
-        kinds = {(weight.dtype, weight.device, weight.shape[1:]) for weight in group}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"weights that lie together must agree in dtype, device and width, got {sorted(map(str, kinds))}"
-            )
-    for group in result.groups:
-        joined = torch.cat([weight.data for weight in group])
-        for weight, part in zip(group, torch.split(joined, [len(weight) for weight in group]), strict=True):
-            weight.data = part
-    return result
+
+    def __init__(self) -> None:
+        self._groups: list[tuple[torch.Tensor, ...]] = []
+        self._place: dict[int, tuple[int, int]] = {}
+        """By the id of a weight: the number of its group, and its place there."""
+
+    def lay_out(self, groups: Iterable[Sequence[torch.Tensor]], *, within: torch.nn.Module) -> None:
+        """Move each group of weights into one storage, in order. Needs memory for one group besides the weights.
+
+        Groups that share a weight become one: the second adds to the first what that does not have. Of weights that
+        differ in kind (dtype, device, width) only those like the first move; and none moves whose memory a parameter or
+        buffer of the model `within` which they are shares, or that lies in a group already.
+        """
+        with _MOVING:
+            merged = _merged(groups)
+            owners = _owners(within, merged)
+            for group in merged:
+                movable = [weight for weight in group if not self.has(weight) and _is_movable(weight, owners)]
+                alike = tuple(weight for weight in movable if _kind(weight) == _kind(movable[0]))
+                if len(alike) > 1:
+                    _put_together(alike)
+                    self._groups.append(alike)
+            self._number()
+
+    def has(self, weight: torch.Tensor) -> bool:
+        """True for a weight of one of the groups."""
+        return id(weight) in self._place
+
+    def runs(self, weights: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """Those of the weights that lie one after another now, in that order: two or more at a time."""
+        runs: list[list[torch.Tensor]] = []
+        for weight in sorted(filter(self.has, weights), key=lambda weight: self._place[id(weight)]):
+            if runs and lie_together([runs[-1][-1], weight]):
+                runs[-1].append(weight)
+            else:
+                runs.append([weight])
+        return [run for run in runs if len(run) > 1]
+
+    def renew(self, within: torch.nn.Module) -> None:
+        """Put the weights of every group together again that have come apart, if they are still free to move."""
+        if all(map(lie_together, self._groups)):
+            return
+        with _MOVING:
+            owners = _owners(within, self._groups)
+            for group in self._groups:
+                free = all(_is_movable(one, owners, group) and _kind(one) == _kind(group[0]) for one in group)
+                if free and not lie_together(group):
+                    _put_together(group)
+
+    def keep_only(self, known: Collection[int]) -> None:
+        """Forget groups with a weight that is not known by its id: what remains of one gets memory of its own."""
+        gone = [any(id(weight) not in known for weight in group) for group in self._groups]
+        if any(gone):
+            with _MOVING:
+                for group in compress(self._groups, gone):
+                    _take_apart(group)
+                self._groups = [group for group, is_gone in zip(self._groups, gone, strict=True) if not is_gone]
+                self._number()
+
+    def undo(self) -> None:
+        """Give every weight memory of its own again. Values stay, and `renew` knows the groups still."""
+        with _MOVING:
+            for group in self._groups:
+                _take_apart(group)
+
+    def _number(self) -> None:
+        self._place = {
+            id(weight): (number, place)
+            for number, group in enumerate(self._groups)
+            for place, weight in enumerate(group)
+        }
 
 
-def are_adjacent(weights: Sequence[torch.Tensor]) -> bool:
-    """True where each of the weights is dense and begins in memory where the one before it ends."""
+def lie_together(weights: Sequence[torch.Tensor]) -> bool:
+    """True where each of the weights is dense, and begins in the memory of the first where the one before it ends."""
     first = weights[0]
-    place = first.storage_offset()
+    end = first.data_ptr()
     for weight in weights:
-        if not (weight.is_contiguous() and weight.storage_offset() == place and weight.shape[1:] == first.shape[1:]):
+        if weight.data_ptr() != end or not weight.is_contiguous():
             return False
-        if place_of(weight)[0] != place_of(first)[0] or weight.dtype != first.dtype:
-            return False
-        place += weight.numel()
-    return True
+        end += weight.nbytes
+    # Separate allocations may be neighbours as well.
+    storage = first.untyped_storage()
+    return end <= storage.data_ptr() + storage.nbytes()
 
 
-def place_of(weight: torch.Tensor) -> tuple[int, int]:
-    """The storage a weight lies in, as a number, and its offset there. Works on the meta device, too."""
-    return int(weight.untyped_storage()._cdata), int(weight.storage_offset())
+def _put_together(weights: Sequence[torch.Tensor]) -> None:
+    with torch.inference_mode(False), torch.no_grad():  # else no gradient could ever be taken of them
+        before = [weight.data for weight in weights]
+        parts = torch.split(torch.cat(before), [len(weight) for weight in weights])
+        for weight, part in zip(weights, parts, strict=True):
+            weight.data = part
+        _finish_reading(before)
+
+
+def _take_apart(weights: Sequence[torch.Tensor]) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        before = [weight.data for weight in weights]
+        for weight in weights:
+            if _lies_within(weight, weights):
+                weight.data = weight.data.clone()
+        _finish_reading(before)
+
+
+def _finish_reading(memory: Sequence[torch.Tensor]) -> None:
+    """Wait for whoever reads memory that is about to be freed, on any stream: it may be given to another at once."""
+    device = memory[0].device
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+
+
+def _lies_within(weight: torch.Tensor, group: Sequence[torch.Tensor]) -> bool:
+    """True where a weight lies where `_put_together` has put it."""
+    start = sum(one.nbytes for one in group[: next(i for i, one in enumerate(group) if one is weight)])
+    size = sum(one.nbytes for one in group)
+    return weight.storage_offset() * weight.element_size() == start and weight.untyped_storage().nbytes() == size
+
+
+def _is_movable(weight: torch.Tensor, owners: dict[int, set[int]], group: Sequence[torch.Tensor] = ()) -> bool:
+    """True where nobody but the weights of its group shares the weight's memory, and moving keeps its strides."""
+    if type(weight) is not torch.nn.Parameter or type(weight.data) is not torch.Tensor:
+        return False
+    if weight.is_inference() or weight.is_meta or not weight.is_contiguous():
+        return False
+    sharing = owners[weight.untyped_storage().data_ptr()]
+    if weight.untyped_storage().nbytes() == weight.nbytes:
+        return sharing == {id(weight)}
+    return bool(group) and _lies_within(weight, group) and sharing <= {id(one) for one in group}
+
+
+def _owners(within: torch.nn.Module, groups: Iterable[Iterable[torch.Tensor]]) -> dict[int, set[int]]:
+    """By the address of a storage, the ids of the tensors that lie in it."""
+    owners: dict[int, set[int]] = defaultdict(set)
+    for tensor in chain(within.parameters(), within.buffers(), *groups):
+        if type(tensor.data) is torch.Tensor:
+            owners[tensor.untyped_storage().data_ptr()].add(id(tensor))
+    return owners
+
+
+def _merged(groups: Iterable[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    merged: list[list[torch.Tensor]] = []
+    home: dict[int, list[torch.Tensor]] = {}
+    for group in groups:
+        target = next((home[id(weight)] for weight in group if id(weight) in home), None)
+        if target is None:
+            target = []
+            merged.append(target)
+        for weight in group:
+            if id(weight) not in home:
+                target.append(weight)
+                home[id(weight)] = target
+    return merged
+
+
+def _kind(weight: torch.Tensor) -> tuple[object, ...]:
+    return (weight.dtype, weight.device, weight.shape[1:])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 import deepcache_fx
-from deepcache_fx.assemble import DEFAULT_PASSES, LAST_PASSES, default_names
+from deepcache_fx.assemble import DEFAULT_PASSES, default_names, last_passes
 from deepcache_fx.capture import capture
 from deepcache_fx.signature import CallReader
 from passes import FuseGroupNorm, Pass, SplitOverCat, pass_name, run_passes
@@ -23,7 +23,7 @@ from tests.compvis import CompVisUNet
 from tests.graphs import check_metadata, error, unet_call
 from tests.oracles import CatOracle
 
-EXACT: tuple[Pass, ...] = (*DEFAULT_PASSES, *LAST_PASSES, FuseGroupNorm(cat=False), SplitOverCat())
+EXACT: tuple[Pass, ...] = (*DEFAULT_PASSES, *last_passes(), FuseGroupNorm(cat=False), SplitOverCat())
 """All but `ChooseAttention` have something to do on a CPU."""
 
 PAIRS = list(itertools.combinations(EXACT, 2))
