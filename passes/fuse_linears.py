@@ -130,7 +130,7 @@ class FuseLinears(PassBase):
         """The parameters end to end: an input where they lie so, else put together."""
         tensors = [_read(module, node) for node in nodes]
         if [list(map(id, run)) for run in self.layout.runs(tensors)] == [list(map(id, tensors))]:
-            self.joined += (Joined(tuple(tensors)),)
+            self.joined += (Joined(tensors),)
             return _add_input(module.graph, nodes)
         # The originals may come later in the graph than the first layer.
         again = []

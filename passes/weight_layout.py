@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain, compress
+from collections.abc import Collection, Iterable, Sequence, Set
+from itertools import accumulate, chain
 
 import torch
 
@@ -26,19 +25,61 @@ _MOVING = threading.RLock()
 """Of all layouts: two models may share parameters."""
 
 
-@dataclass(frozen=True, eq=False)
 class Joined:
     """Neighbours in a layout, read as one."""
 
-    weights: tuple[torch.Tensor, ...]
+    __slots__ = ("_size", "weights")
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self.weights = tuple(weights)
+        self._size = (sum(map(len, weights)), *weights[0].shape[1:])
 
     def tensor(self) -> torch.Tensor:
         """The weights end to end, as they are now. Read it and let go of it: it holds the memory of all of them."""
         if not lie_together(self.weights):
             return torch.cat([weight.data for weight in self.weights])
         first = self.weights[0].data
-        size = (sum(map(len, self.weights)), *first.shape[1:])
-        return first.as_strided(size, first.stride()).data  # from where the first one begins; no view to autograd
+        return first.as_strided(self._size, first.stride()).data  # from where it begins; to autograd, no view
+
+
+class _Group:
+    """Weights that lie, or are to lie, one after another in a storage of their own."""
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self.weights = tuple(weights)
+        self._storage: tuple[int, int] | None = None
+        """Where they were last put: its address and size in bytes."""
+        self._starts: dict[int, int] = {}
+        """By the id of a weight, where it begins there, in elements."""
+
+    def put_together(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():  # else no gradient could ever be taken of them
+            before = [weight.data for weight in self.weights]
+            joined = torch.cat(before)
+            self._storage = joined.data_ptr(), joined.nbytes
+            starts = accumulate((one.numel() for one in before), initial=0)
+            self._starts = dict(zip(map(id, self.weights), starts, strict=False))
+            for weight, part in zip(self.weights, torch.split(joined, [len(one) for one in before]), strict=True):
+                weight.data = part
+            _finish_reading(before)
+
+    def take_apart(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            before = [weight.data for weight in self.weights]
+            for weight in filter(self.holds, self.weights):
+                weight.data = weight.data.clone()
+            _finish_reading(before)
+
+    def holds(self, weight: torch.Tensor) -> bool:
+        """True where the weight is one of the group and still lies where it was put."""
+        storage = weight.untyped_storage()
+        at_home = self._storage == (storage.data_ptr(), storage.nbytes())
+        return at_home and self._starts.get(id(weight)) == weight.storage_offset()
+
+    def is_movable(self, owners: dict[int, set[int]]) -> bool:
+        alike = len({_kind(weight) for weight in self.weights}) == 1
+        members = set(map(id, self.weights))
+        return alike and all(_is_movable(weight, owners, self.holds(weight), members) for weight in self.weights)
 
 
 class WeightLayout:
@@ -51,7 +92,7 @@ class WeightLayout:
     """
 
     def __init__(self) -> None:
-        self._groups: list[tuple[torch.Tensor, ...]] = []
+        self._groups: list[_Group] = []
         self._place: dict[int, tuple[int, int]] = {}
         """By the id of a weight: the number of its group, and its place there."""
 
@@ -67,10 +108,10 @@ class WeightLayout:
             owners = _owners(within, merged)
             for group in merged:
                 movable = [weight for weight in group if not self.has(weight) and _is_movable(weight, owners)]
-                alike = tuple(weight for weight in movable if _kind(weight) == _kind(movable[0]))
+                alike = [weight for weight in movable if _kind(weight) == _kind(movable[0])]
                 if len(alike) > 1:
-                    _put_together(alike)
-                    self._groups.append(alike)
+                    self._groups.append(_Group(alike))
+                    self._groups[-1].put_together()
             self._number()
 
     def has(self, weight: torch.Tensor) -> bool:
@@ -89,36 +130,35 @@ class WeightLayout:
 
     def renew(self, within: torch.nn.Module) -> None:
         """Put the weights of every group together again that have come apart, if they are still free to move."""
-        if all(map(lie_together, self._groups)):
+        if all(lie_together(group.weights) for group in self._groups):
             return
         with _MOVING:
-            owners = _owners(within, self._groups)
+            owners = _owners(within, [group.weights for group in self._groups])
             for group in self._groups:
-                free = all(_is_movable(one, owners, group) and _kind(one) == _kind(group[0]) for one in group)
-                if free and not lie_together(group):
-                    _put_together(group)
+                if not lie_together(group.weights) and group.is_movable(owners):
+                    group.put_together()
 
     def keep_only(self, known: Collection[int]) -> None:
         """Forget groups with a weight that is not known by its id: what remains of one gets memory of its own."""
-        gone = [any(id(weight) not in known for weight in group) for group in self._groups]
-        if any(gone):
+        gone = [group for group in self._groups if any(id(weight) not in known for weight in group.weights)]
+        if gone:
             with _MOVING:
-                for group in compress(self._groups, gone):
-                    _take_apart(group)
-                self._groups = [group for group, is_gone in zip(self._groups, gone, strict=True) if not is_gone]
+                for group in gone:
+                    group.take_apart()
+                self._groups = [group for group in self._groups if group not in gone]
                 self._number()
 
     def undo(self) -> None:
         """Give every weight memory of its own again. Values stay, and `renew` knows the groups still."""
         with _MOVING:
             for group in self._groups:
-                _take_apart(group)
+                group.take_apart()
 
     def _number(self) -> None:
         self._place = {
             id(weight): (number, place)
             for number, group in enumerate(self._groups)
-            for place, weight in enumerate(group)
+            for place, weight in enumerate(group.weights)
         }
 
 
@@ -135,24 +175,6 @@ def lie_together(weights: Sequence[torch.Tensor]) -> bool:
     return end <= storage.data_ptr() + storage.nbytes()
 
 
-def _put_together(weights: Sequence[torch.Tensor]) -> None:
-    with torch.inference_mode(False), torch.no_grad():  # else no gradient could ever be taken of them
-        before = [weight.data for weight in weights]
-        parts = torch.split(torch.cat(before), [len(weight) for weight in weights])
-        for weight, part in zip(weights, parts, strict=True):
-            weight.data = part
-        _finish_reading(before)
-
-
-def _take_apart(weights: Sequence[torch.Tensor]) -> None:
-    with torch.inference_mode(False), torch.no_grad():
-        before = [weight.data for weight in weights]
-        for weight in weights:
-            if _lies_within(weight, weights):
-                weight.data = weight.data.clone()
-        _finish_reading(before)
-
-
 def _finish_reading(memory: Sequence[torch.Tensor]) -> None:
     """Wait for whoever reads memory that is about to be freed, on any stream: it may be given to another at once."""
     device = memory[0].device
@@ -160,15 +182,10 @@ def _finish_reading(memory: Sequence[torch.Tensor]) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _lies_within(weight: torch.Tensor, group: Sequence[torch.Tensor]) -> bool:
-    """True where a weight lies where `_put_together` has put it."""
-    start = sum(one.nbytes for one in group[: next(i for i, one in enumerate(group) if one is weight)])
-    size = sum(one.nbytes for one in group)
-    return weight.storage_offset() * weight.element_size() == start and weight.untyped_storage().nbytes() == size
-
-
-def _is_movable(weight: torch.Tensor, owners: dict[int, set[int]], group: Sequence[torch.Tensor] = ()) -> bool:
-    """True where nobody but the weights of its group shares the weight's memory, and moving keeps its strides."""
+def _is_movable(
+    weight: torch.Tensor, owners: dict[int, set[int]], is_held: bool = False, members: Set[int] = frozenset()
+) -> bool:
+    """True where nobody shares the weight's memory but the members of a group that holds it, and its strides stay."""
     if type(weight) is not torch.nn.Parameter or type(weight.data) is not torch.Tensor:
         return False
     if weight.is_inference() or weight.is_meta or not weight.is_contiguous():
@@ -176,7 +193,7 @@ def _is_movable(weight: torch.Tensor, owners: dict[int, set[int]], group: Sequen
     sharing = owners[weight.untyped_storage().data_ptr()]
     if weight.untyped_storage().nbytes() == weight.nbytes:
         return sharing == {id(weight)}
-    return bool(group) and _lies_within(weight, group) and sharing <= {id(one) for one in group}
+    return is_held and sharing <= members
 
 
 def _owners(within: torch.nn.Module, groups: Iterable[Iterable[torch.Tensor]]) -> dict[int, set[int]]:

@@ -68,6 +68,17 @@ def test_undoing_keeps_changes_made_in_place_and_memory_that_is_not_ours() -> No
     assert model["v"].weight.data_ptr() == flat[6:].data_ptr()
 
 
+def test_undoing_leaves_weights_in_memory_of_the_user_that_looks_like_ours() -> None:
+    model = attention()
+    layout = laid_out(model)
+    flat = torch.randn(18, 4)
+    for weight, part in zip(weights(model), flat.split(6), strict=True):
+        weight.data = part
+    layout.renew(model)
+    layout.undo()
+    assert [w.data_ptr() for w in weights(model)] == [part.data_ptr() for part in flat.split(6)]
+
+
 def test_groups_that_share_a_weight_lie_in_one_row() -> None:
     """The few weights of the shallow step first: a part of all those of the full one."""
     model = attention()
@@ -104,7 +115,7 @@ CHANGES: dict[str, Callable[[torch.nn.Module], object]] = {
 def test_joined_weights_are_those_of_now_whatever_has_happened(name: str, renewed: bool) -> None:
     model = attention()
     layout = laid_out(model)
-    joined, part = Joined(tuple(weights(model))), Joined(tuple(weights(model)[1:]))
+    joined, part = Joined(weights(model)), Joined(weights(model)[1:])
     CHANGES[name](model)
     expected = [w.detach().clone() for w in weights(model)]
     if renewed:
@@ -122,7 +133,7 @@ def test_joined_weights_are_those_of_now_whatever_has_happened(name: str, renewe
 def test_joined_weights_are_no_copy_where_they_lie_together() -> None:
     model = attention()
     laid_out(model)
-    joined = Joined(tuple(weights(model))).tensor()
+    joined = Joined(weights(model)).tensor()
     assert joined.data_ptr() == model["q"].weight.data_ptr()
     assert not joined.requires_grad
     assert not joined._is_view()
@@ -236,10 +247,11 @@ def test_weights_that_moved_in_inference_mode_can_be_trained() -> None:
     model = attention()
     with torch.inference_mode():
         layout = laid_out(model)
-    model["q"](torch.randn(2, 4)).sum().backward()
+    x = torch.randn(2, 4, requires_grad=True)
+    model["q"](x).sum().backward()
     with torch.inference_mode():
         layout.undo()
-    model["q"](torch.randn(2, 4)).sum().backward()
+    model["q"](x).sum().backward()
     with torch.inference_mode():
         born_there = attention()
         assert not laid_out(born_there).has(born_there["q"].weight)
