@@ -17,14 +17,15 @@ from deepcache_fx.capture import CAPTURE_LOCK, Captured, capture, refuse_layerwi
 from deepcache_fx.compile import compile_variant, pick_backend
 from deepcache_fx.config import Options
 from deepcache_fx.cuda_graphs import RECORDERS, Recorder
-from deepcache_fx.errors import DeepCacheError, ScheduleError
-from deepcache_fx.fingerprint import fingerprint
+from deepcache_fx.errors import DeepCacheError, ScheduleError, Uncapturable
+from deepcache_fx.fingerprint import Fingerprint
 from deepcache_fx.listing import Listings
 from deepcache_fx.macs import total_macs
 from deepcache_fx.only import Only
 from deepcache_fx.programs import Called, DeepFeature, Programs, PromptStage, PromptValues, Values
 from deepcache_fx.recorded import Recorded
 from deepcache_fx.report import CaptureReport, Counts, Report
+from deepcache_fx.side_effects import SideEffects
 from deepcache_fx.signature import Call, CallReader, UnsupportedInput
 from deepcache_fx.skips import find_skip_connections, pick_branch
 from deepcache_fx.split import RATES, Variant, Variants, split
@@ -90,7 +91,6 @@ class ThreadState(threading.local):
         self.slots: dict[int, Slot] = {}
         self.refreshed = 0
         self.prompts: dict[tuple[str, int], PromptValues] = {}
-        self.fingerprint: Hashable = None
         self.trace: list[str] = []
 
     def forget(self) -> None:
@@ -125,11 +125,13 @@ class Runtime:
         self.weights_format = memory_format.ChannelsLastWeights()
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._recorders: dict[torch.device, Recorder] = {}
+        self._fingerprint = Fingerprint()
+        self._effects = SideEffects()
         self._state = ThreadState()
 
     def adopt(self, before: Runtime) -> None:
         """Take over the programs of a runtime whose options differ in the schedule alone."""
-        self._entries, self._recorders = before._entries, before._recorders
+        self._entries, self._recorders, self._fingerprint = before._entries, before._recorders, before._fingerprint
         self.counts.captures, self.device = before.counts.captures, before.device
 
     # What schedulers announce.
@@ -172,6 +174,8 @@ class Runtime:
         try:
             with torch.no_grad():
                 return self._step(state, module, call)
+        except Uncapturable as error:
+            return self._original(str(error), module, args, kwargs)
         except BaseException:
             state.forget()
             raise
@@ -187,17 +191,15 @@ class Runtime:
         if tick.new_run:
             state.clear()
             state.trace = []
-            settings = self._settings(module, call)
-            if settings != state.fingerprint:  # else the same object: then every look-up is quick
-                state.fingerprint = settings
             self._check_num_steps(module, tick)
-        entry = self._entry(module, call, state.fingerprint)
+        settings = self._settings(module, call, thorough=tick.new_run)
+        entry = self._entry(module, call, settings)
         slot = state.slots.get(tick.call)
         forced = tick.doubt
         if slot is None or slot.refreshed != state.refreshed:
             forced = forced or "no cached feature for this call of the step"
         elif slot.entry is not entry:
-            forced = forced or "inputs changed shape or type within a run"
+            forced = forced or "inputs or settings changed within a run"
         wanted_full = tick.step == 0 or self.options.schedule.is_full(tick.step, tick.num_steps)
         if forced is not None and not wanted_full:
             self.counts.forced[forced] += 1
@@ -240,14 +242,20 @@ class Runtime:
 
     def prepare(self, module: torch.nn.Module, call: Call) -> Entry:
         """Capture and split for calls like this one, ahead of the first."""
-        return self._entry(module, call, self._settings(module, call))
+        return self._entry(module, call, self._settings(module, call, thorough=True))
 
-    def _settings(self, module: torch.nn.Module, call: Call) -> Hashable:
-        """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first."""
+    def _settings(self, module: torch.nn.Module, call: Call, *, thorough: bool) -> Hashable:
+        """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first.
+
+        Within a run settings alone are looked at; the layers and weights of PyTorch where `thorough` at its start.
+        """
+        known = self._fingerprint.known(module, thorough=thorough)
+        if known is not None:
+            return known
         device = call.sample.device
         if device.type in memory_format.DEVICE_TYPES and pick_backend(self.options, device) != "eager":
             self.weights_format.convert(module)
-        return fingerprint(module)
+        return self._fingerprint.read(module)
 
     def _entry(self, module: torch.nn.Module, call: Call, settings: Hashable) -> Entry:
         """The programs for calls like this one, captured now if there are none yet."""
@@ -284,7 +292,10 @@ class Runtime:
         device = call.sample.device
         try:
             refuse_layerwise_offload(module)
-            captured = capture(module, call, self.reader, self.model_class)
+            objects = self._fingerprint.objects()
+            self._effects.check(module, objects)
+            with self._effects.watching(objects):
+                captured = capture(module, call, self.reader, self.model_class)
             captured, records = apply_passes(captured, self.options)
             branches = find_skip_connections(captured.graph.graph)
             branch = pick_branch(branches, self.options.branch, self.model_class.__name__)
@@ -294,6 +305,8 @@ class Runtime:
             )
             variants, more = finish(variants, self.options)
             programs = self._make_programs(variants, call)
+        except Uncapturable:
+            raise
         except DeepCacheError:
             if not self.counts.captures:
                 self.on_first_failure(module)
