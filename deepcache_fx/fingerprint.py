@@ -181,7 +181,10 @@ def _freeze(value: Any, depth: int, read: Reading) -> object:
     if isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device)):
         return (type(value), value)
     if isinstance(value, torch.Tensor):
-        return (Same(value), read.tensor(value))
+        version = read.tensor(value)
+        if version is not None and value.numel() == 1 and value.device.type != "meta":
+            return (Same(value), repr(value.item()))  # as peft's scales, where adapters are swapped while hot
+        return (Same(value), version)
     if isinstance(value, (torch.nn.Module, type, types.ModuleType)) or depth == 0:
         return Same(value)
     if isinstance(value, dict):

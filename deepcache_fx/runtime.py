@@ -28,6 +28,7 @@ from deepcache_fx.report import CaptureReport, Counts, Report
 from deepcache_fx.side_effects import SideEffects
 from deepcache_fx.signature import Call, CallReader, UnsupportedInput
 from deepcache_fx.skips import find_skip_connections, pick_branch
+from deepcache_fx.sources import sources_forgotten
 from deepcache_fx.split import RATES, Variant, Variants, split
 from deepcache_fx.steps import StepTracker, Tick, position_of, value_position
 from passes import (
@@ -266,7 +267,8 @@ class Runtime:
             with CAPTURE_LOCK:
                 entry = self._entries.get(key)  # another thread may have been first
                 if entry is None:
-                    entry = self._make_entry(module, call)
+                    with sources_forgotten():
+                        entry = self._make_entry(module, call)
                     dropped += self._drop_replaced_weights(module)
                     self._entries[key] = entry
                     while len(self._entries) > self.options.max_captures:

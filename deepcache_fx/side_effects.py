@@ -5,6 +5,7 @@ Attention processors that keep their maps for the pipeline (self-attention guida
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -52,7 +53,10 @@ class SideEffects:
         except BaseException:
             before.bring_back()
             raise
-        for holder, with_tensor in before.written():
+        written = before.written()
+        if not written:
+            before.bring_back()  # a scale that was multiplied and divided again, but for rounding
+        for holder, with_tensor in written:
             if with_tensor or holder in self._written:
                 before.bring_back()
                 self._refused.add(holder)
@@ -90,18 +94,27 @@ class _Memory:
                 elif value is not before[name][0]:
                     item.__dict__[name] = before[name][0]
         for container, copy in self._containers:
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(copy)
+            if not _same_items(container, copy):
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(copy)
 
 
 def _own(item: object) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in item.__dict__.items() if name not in NOT_STATE]
 
 
+def _same_items(container: Any, copy: Any) -> bool:
+    if isinstance(container, dict):
+        return _same_items(list(container), list(copy)) and _same_items(list(container.values()), list(copy.values()))
+    return len(container) == len(copy) and all(map(operator.is_, container, copy))
+
+
 def _state(value: Any, containers: list[tuple[Any, Any]]) -> object:
-    """Equal for equal plain values and for the same objects; lists and dictionaries are noted, with a copy."""
-    if isinstance(value, (bool, int, float, str)):
+    """Equal for equal plain values (floats: to 12 digits) and the same objects; notes lists and dictionaries."""
+    if isinstance(value, (bool, int, str)):
         return (type(value), value)
+    if isinstance(value, float):
+        return f"{value:.12g}"
     if type(value) in (dict, list, OrderedDict):
         containers.append((value, value.copy()))
     if isinstance(value, dict):

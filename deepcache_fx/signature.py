@@ -33,6 +33,8 @@ class Call:
     key: Hashable
     timestep: torch.Tensor | None
     sample: torch.Tensor
+    by_position: int
+    """How many arguments were passed by position. A decorated forward may look for the others by name."""
     prompt_inputs: tuple[int, ...]
     """Which of `tensors` are likely to stay through a run: conditioning, that is all but the sample, the timestep and
     feature maps (a ControlNet's residuals)."""
@@ -88,7 +90,8 @@ class CallReader:
         key = tuple(_describe(value, tensors) for value in arguments.values())
         given = arguments[self.timestep_name] if self.timestep_name is not None else None
         prompt = tuple([i for i, t in enumerate(tensors) if t.ndim < 4 and t is not sample and t is not given])
-        return Call(arguments, tuple(tensors), (key, _ambient(sample.device.type)), timestep, sample, prompt)
+        ambient = _ambient(sample.device.type)
+        return Call(arguments, tuple(tensors), (key, ambient), timestep, sample, len(args), prompt)
 
     def _bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Every argument by name, in order, without self: what `inspect.Signature.bind` does, ten times as fast."""
@@ -117,10 +120,18 @@ class CallReader:
             raise DeepCacheError(f"example_inputs do not fit {type(module).__name__}: {error}") from error
 
     def rebuild(self, call: Call, tensors: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call's (args, kwargs), without self, with dictionaries sorted and its tensors replaced in order."""
+        """The call's (args, kwargs), without self, with dictionaries sorted and its tensors replaced in order.
+
+        By name go those that were passed by name or left out.
+        """
         remaining = iter(tensors)
         arguments = {name: _replace(value, remaining) for name, value in call.arguments.items()}
         parameters = [p for p in self._parameters if p.name in arguments]
+        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            parameters = [
+                p.replace(kind=p.KEYWORD_ONLY) if p.kind is p.POSITIONAL_OR_KEYWORD and i >= call.by_position else p
+                for i, p in enumerate(parameters)
+            ]
         bound = inspect.BoundArguments(inspect.Signature(parameters), arguments)
         return bound.args, bound.kwargs
 
