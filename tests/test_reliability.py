@@ -14,6 +14,7 @@ import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -257,6 +258,39 @@ def test_6_a_timestep_by_keyword_is_a_timestep() -> None:
     deepcache_fx.optimize(pipe.unet, **TO_THE_BIT)
     assert all(map(torch.equal, run(), expected))
     assert trace(pipe) == "FssF"
+
+
+FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "int": int,
+    "float": float,
+    "view": lambda t: t,
+    "0-d": lambda t: t.clone(),
+    "one": lambda t: t.reshape(1),
+    "one for each sample": lambda t: t.expand(2),
+    "one for each sample, in memory of its own": lambda t: t.repeat(2),
+}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_6_a_timestep_in_any_form_by_position_or_keyword_is_a_step_of_a_loop_of_ones_own() -> None:
+    unet, context = pipelines.unet(), torch.ones(2, 12, models.TEXT)
+
+    def run(form: Callable[[torch.Tensor], Any], named: bool) -> torch.Tensor:
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for t in TIMESTEPS.clone()[:5]:
+            arguments = {"timestep": form(t), "encoder_hidden_states": context}
+            x = x - 0.1 * (unet(x, **arguments) if named else unet(x, *arguments.values())).sample
+        return x
+
+    with specified(SimpleNamespace(unet=unet), thirds(5), 0):
+        expected = run(FORMS["view"], False)
+    deepcache_fx.optimize(unet, **TO_THE_BIT)
+    for name, form in FORMS.items():
+        for named in (False, True):
+            assert torch.equal(run(form, named), expected), name
+            assert trace(unet) == "FssFs", name
+    assert deepcache_fx.report(unet).captures == 5
 
 
 @pytest.mark.parametrize("how", ["flag", "callback", "unet"])
