@@ -144,7 +144,7 @@ def restore(target: T) -> T:
     if runtime is not None:
         runtime.stop_watching()
         detach(module)
-        runtime.weights.restore()
+        runtime.model_state.restore()
     return target
 
 
@@ -160,8 +160,8 @@ def report(target: object) -> Report:
 def reset(target: object) -> None:
     """Forget the current run of this thread, and free its cache: the next UNet call begins a new run.
 
-    Runs are recognised without it. Call it where a setting of the model (a LoRA or IP-Adapter scale) changes within a
-    run, or between unrelated UNet calls that no scheduler announces: bare falling timesteps look like one run.
+    Runs are recognised without it. Call it where a layer or a parameter of the model is replaced within a run, or
+    between unrelated UNet calls that no scheduler announces: bare falling timesteps look like one run.
 
     Raises:
         DeepCacheError: the target is not optimised.

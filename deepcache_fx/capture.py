@@ -98,8 +98,14 @@ def capture(
 
 
 def refuse_layerwise_offload(module: torch.nn.Module) -> None:
-    """Raise a DeepCacheError where accelerate brings weights in and out within a call."""
+    """Raise a DeepCacheError where accelerate or diffusers bring weights in and out, or cast them, within a call."""
     for name, sub in module.named_modules():
+        for hook in getattr(sub.__dict__.get("_diffusers_hook"), "hooks", ()):
+            raise DeepCacheError(
+                f"{name or 'the model itself'} of this {type(module).__name__} has diffusers' hook {hook!r}, which "
+                "acts within a call, where a graph of the whole cannot follow. Use enable_model_cpu_offload instead of "
+                "group offloading, and a model without layerwise casting and without diffusers' own caches"
+            )
         hook = sub.__dict__.get("_hf_hook")
         if any(getattr(single, "offload", False) is True for single in getattr(hook, "hooks", (hook,))):
             raise DeepCacheError(

@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from deepcache_fx.capture import CAPTURE_LOCK, Captured
+from deepcache_fx.sources import sources_forgotten
 
 
 class Releasable(Protocol):
@@ -43,7 +44,8 @@ def find_or_make(
                     live = {id(p) for p in module.parameters()}
                     keep_only(live)
                     dropped += _with_replaced_weights(entries, live)
-                    entry = entries[key] = make()
+                    with sources_forgotten():
+                        entry = entries[key] = make()
                     while len(entries) > limit:
                         dropped.append(entries.popitem(last=False)[1])
         finally:

@@ -26,12 +26,12 @@ from deepcache_fx.companion_programs import CompanionEntry, assemble_companion
 from deepcache_fx.conditioning import CONDITION, ConditioningReader
 from deepcache_fx.deferred import Deferral, DeferredTensor
 from deepcache_fx.errors import DeepCacheError
+from deepcache_fx.model_state import ModelState
 from deepcache_fx.pairing import Coming, Handed
 from deepcache_fx.programs import PromptValues, Values
 from deepcache_fx.report import CompanionCapture, CompanionReport
 from deepcache_fx.runtime import Runtime, why_original
 from deepcache_fx.signature import Call, UnsupportedInput
-from deepcache_fx.weights import Weights
 
 _FAILURES_KEPT = 64
 
@@ -41,7 +41,6 @@ class _Run:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.settings: Hashable = None
         self.prompts: dict[int, PromptValues] = {}
         self.trace: list[str] = []
         self.plain_macs = self.computed_macs = 0
@@ -64,7 +63,7 @@ class Companion:
     def __init__(self, model_class: type[torch.nn.Module], runtime: Runtime) -> None:
         self.model_class = model_class
         self.reader = ConditioningReader(model_class.forward)
-        self.weights = Weights(runtime.options)
+        self.model_state = ModelState(runtime.options)
         self._options = runtime.options
         self._runtime = weakref.ref(runtime)
         self._recorders = runtime.recorders
@@ -100,9 +99,8 @@ class Companion:
             self._state.begin(coming.run)
         run = self._state.run
         with torch.no_grad():
-            if coming.begins_run or run.settings is None:
-                run.settings = self.weights.settings(module, call.sample.device)
-            entry = self._entry(module, call, run.settings)
+            thorough = coming.begins_run or not run.trace
+            entry = self._entry(module, call, self.model_state.settings(module, call.sample.device, thorough=thorough))
             if isinstance(entry, CompanionEntry):
                 leaves = self._leaves(entry, call, coming, run)
                 runtime.hand(coming.call, Handed(entry, leaves))
@@ -194,7 +192,9 @@ class Companion:
             return failure
         try:
             make = partial(self._make_entry, module, call)
-            return find_or_make(self._entries, key, make, module, self._options.max_captures, self.weights.keep_only)
+            return find_or_make(
+                self._entries, key, make, module, self._options.max_captures, self.model_state.keep_only
+            )
         except DeepCacheError as error:
             if len(self._failures) >= _FAILURES_KEPT:
                 self._failures.clear()
@@ -204,7 +204,8 @@ class Companion:
     def _make_entry(self, module: torch.nn.Module, call: Call) -> CompanionEntry:
         started = time.perf_counter()
         refuse_layerwise_offload(module)
-        captured = capture(module, call, self.reader, self.model_class)
+        with self.model_state.watching(module):
+            captured = capture(module, call, self.reader, self.model_class)
         entry = assemble_companion(captured, call, self._options, self._recorders)
         entry.seconds = time.perf_counter() - started
         self._captures += 1

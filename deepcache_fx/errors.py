@@ -9,6 +9,10 @@ class CaptureError(DeepCacheError):
     """The model could not be captured as one graph."""
 
 
+class Uncapturable(CaptureError):
+    """The model does more than return a result, which a graph would not: its calls run uncached."""
+
+
 class BranchError(DeepCacheError, ValueError):
     """The model has no such skip connection."""
 

@@ -116,4 +116,4 @@ class PipelineWatch:
         companions.remove(companion)
         if not companions:
             detach(network)
-        companion.weights.restore()
+        companion.model_state.restore()

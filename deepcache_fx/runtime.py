@@ -21,14 +21,14 @@ from deepcache_fx.compile import pick_backend
 from deepcache_fx.config import Options
 from deepcache_fx.cuda_graphs import Recorder
 from deepcache_fx.deferred import all_computed, computed
-from deepcache_fx.errors import DeepCacheError, ScheduleError
+from deepcache_fx.errors import DeepCacheError, ScheduleError, Uncapturable
 from deepcache_fx.listing import Listings
+from deepcache_fx.model_state import ModelState
 from deepcache_fx.pairing import Coming, Expectation, Handed, Pairing, pair
 from deepcache_fx.programs import DeepFeature, PromptValues, Values
 from deepcache_fx.report import CaptureReport, CompanionReport, Counts, Report
 from deepcache_fx.signature import Call, CallReader, UnsupportedInput
 from deepcache_fx.steps import StepTracker, Tick, position_of, value_position
-from deepcache_fx.weights import Weights
 
 
 @dataclass
@@ -65,7 +65,6 @@ class ThreadState(threading.local):
         self.slots: dict[int, Slot] = {}
         self.refreshed = 0
         self.prompts: dict[tuple[str, int], PromptValues] = {}
-        self.fingerprint: Hashable = None
         self.trace: list[str] = []
         self.expected = Expectation()
         self.last_heard = 0
@@ -100,14 +99,14 @@ class Runtime:
         self.device: torch.device | None = None
         self.on_first_failure: Callable[[torch.nn.Module], object] = lambda module: None
         self._watches: list[Watch] = []
-        self.weights = Weights(options)
+        self.model_state = ModelState(options)
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self.recorders: dict[torch.device, Recorder] = {}
         self._state = ThreadState()
 
     def adopt(self, before: Runtime) -> None:
         """Take over the programs of a runtime whose options differ in the schedule alone."""
-        self._entries, self.recorders, self.weights = before._entries, before.recorders, before.weights
+        self._entries, self.recorders, self.model_state = before._entries, before.recorders, before.model_state
         self.counts.captures, self.device = before.counts.captures, before.device
 
     # What schedulers announce.
@@ -181,6 +180,8 @@ class Runtime:
         try:
             with torch.no_grad():
                 return self._step(state, module, call)
+        except Uncapturable as error:
+            return self._original(str(error), module, args, kwargs)
         except BaseException:
             state.forget()
             raise
@@ -196,17 +197,15 @@ class Runtime:
             state.clear()
             state.trace = []
             state.expected.runs += 1
-            settings = self.weights.settings(module, call.sample.device)
-            if settings != state.fingerprint:  # else the same object: then every look-up is quick
-                state.fingerprint = settings
             self._check_num_steps(module, tick)
-        entry = self._entry(module, call, state.fingerprint)
+        settings = self.model_state.settings(module, call.sample.device, thorough=tick.new_run)
+        entry = self._entry(module, call, settings)
         slot = state.slots.get(tick.call)
         forced = tick.doubt
         if slot is None or self._is_stale(state, slot):
             forced = forced or "no cached feature for this call of the step"
         elif slot.entry is not entry:
-            forced = forced or "inputs changed shape or type within a run"
+            forced = forced or "inputs or settings changed within a run"
         wanted_full = self._is_full(tick.step, tick.num_steps)
         handed = state.expected.handed.pop(tick.call, None)
         if forced is not None and not wanted_full:
@@ -261,29 +260,32 @@ class Runtime:
 
     def prepare(self, module: torch.nn.Module, call: Call) -> Entry:
         """Capture and split for calls like this one, ahead of the first."""
-        return self._entry(module, call, self.weights.settings(module, call.sample.device))
+        return self._entry(module, call, self.model_state.settings(module, call.sample.device, thorough=True))
 
     def _entry(self, module: torch.nn.Module, call: Call, settings: Hashable) -> Entry:
         """The programs for calls like this one, captured now if there are none yet."""
         make = functools.partial(self._make_entry, module, call)
         return find_or_make(
-            self._entries, (settings, call.key), make, module, self.options.max_captures, self.weights.keep_only
+            self._entries, (settings, call.key), make, module, self.options.max_captures, self.model_state.keep_only
         )
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
         try:
             refuse_layerwise_offload(module)
-            captured = capture(module, call, self.reader, self.model_class)
-            to_lay_out = ToLayOut(self.weights.layout, module, in_use=bool(self._entries))
+            with self.model_state.watching(module):
+                captured = capture(module, call, self.reader, self.model_class)
+            to_lay_out = ToLayOut(self.model_state.layout, module, in_use=bool(self._entries))
             entry = assemble(
                 captured,
                 call,
                 self.options,
                 name=self.model_class.__name__,
                 recorders=self.recorders,
-                weights=to_lay_out if self.weights.are_moved(call.sample.device) else None,
+                weights=to_lay_out if self.model_state.are_moved(call.sample.device) else None,
             )
+        except Uncapturable:
+            raise
         except DeepCacheError:
             if not self.counts.captures:
                 self.on_first_failure(module)

@@ -18,6 +18,9 @@ import torch
 MAX_CALLS_PER_STEP = 16
 """More UNet calls than any guidance method makes in one step: beyond, the timestep is taken to tell nothing."""
 
+MAX_VIEWS_PER_STEP = 256
+"""The same, where the scheduler makes a step after each of them, as it does for the views of a panorama."""
+
 _JUMP = 3.0
 """A value-only timestep that moves this many times further than the last move did begins a new run."""
 
@@ -126,7 +129,10 @@ class StepTracker:
             self._stride = abs(move)
             return self._next_step()
         if move == 0:
-            return self._next_step() if self._hooked and self._stepped else self._next_call(sample)
+            # Schedulers that repeat a timestep have it twice in their tensor: the same place of it, after a step of the
+            # scheduler, is another view of the same denoising step.
+            repeated = position.source is None and self._announced != 1
+            return self._next_step() if repeated and self._hooked and self._stepped else self._next_call(sample)
         # Backwards (or NaN). A sequence that only ever goes backwards turns the sense of direction around.
         direction = -self._direction if self._step == 0 and not math.isnan(move) else None
         # The scheduler's `step` was heard since the last call: it still tells the steps, and how many there are.
@@ -168,8 +174,12 @@ class StepTracker:
 
     def _next_call(self, sample: object) -> Tick:
         self._call += 1
-        if self._call >= MAX_CALLS_PER_STEP:
-            return self._begin(self._position, reason="the timestep does not change from call to call")
+        if self._call >= (MAX_VIEWS_PER_STEP if self._hooked and self._stepped else MAX_CALLS_PER_STEP):
+            tick = self._begin(
+                self._position, hooked=self._hooked, reason="the timestep does not change from call to call"
+            )
+            self._unsure = True  # the next step's calls are not numbered as these are
+            return tick
         if not self._hooked and sample is not self._sample:
             if self._step > 0 and not self._distinct:  # in this run the calls of a step shared their sample
                 return self._begin(self._position)

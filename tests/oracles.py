@@ -37,15 +37,18 @@ def published(pipe: Any, interval: int, branch: int) -> Iterator[None]:
 
 
 @contextmanager
-def specified(pipe: Any, full_steps: set[int], branch: int) -> Iterator[None]:
-    """The pipeline's UNet runs eagerly with the operand replaced, full at exactly these calls."""
-    oracle = CatOracle(pipe.unet.forward, branch)
+def specified(pipe: Any, full_steps: set[int], branch: int, per_step: int = 1) -> Iterator[None]:
+    """The pipeline's UNet runs eagerly with the operand replaced, full at exactly these calls.
+
+    Of several calls in a step, each has an operand of its own.
+    """
+    oracles = [CatOracle(pipe.unet.forward, branch) for _ in range(per_step)]
     calls = 0
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        return oracle(calls - 1 in full_steps, *args, **kwargs)
+        return oracles[(calls - 1) % per_step](calls - 1 in full_steps, *args, **kwargs)
 
     pipe.unet.forward = forward
     try:

@@ -31,6 +31,8 @@ class Run:
     calls: int
     forced: frozenset[int] = frozenset()
     """UNet calls that must be full though the interval says shallow: the inputs change shape there."""
+    per_step: int = 1
+    """UNet calls in each step."""
     before: Callable[[Any], object] = lambda pipe: None
     """What the user does to the pipeline before the call."""
 
@@ -388,6 +390,37 @@ def perturbed_attention_xl() -> Case:
     return Case(pipe, runs, captures=2, common={**PROMPT, **small.SIZE})
 
 
+def semantic_guidance() -> Case:
+    """A batch of text, no text, and one for each concept to add or to take away."""
+    pipe = like_sd(diffusers.SemanticStableDiffusionPipeline, without=("image_encoder",), **NO_CHECKER)
+    concept = {"editing_prompt": ["a dog"], "edit_warmup_steps": 1, "edit_guidance_scale": 6.0}
+    runs = (  # a batch of three, the last of two
+        Run(steps(6, **concept), 6),
+        Run(steps(5, **concept, reverse_editing_direction=True), 5),
+        Run(steps(4), 4),
+    )
+    return Case(pipe, runs, captures=2, common={**PROMPT, **small.SIZE})
+
+
+def safe_guidance() -> Case:
+    pipe = like_sd(diffusers.StableDiffusionPipelineSafe, **NO_CHECKER)
+    weak, strong = ({"sld_guidance_scale": scale, "sld_warmup_steps": 1, "sld_threshold": 1.0} for scale in (200, 5000))
+    runs = (Run(steps(6, **weak), 6), Run(steps(5, **strong), 5), Run(steps(4, sld_guidance_scale=0.0), 4))
+    return Case(pipe, runs, captures=2, common={**PROMPT, **small.SIZE})
+
+
+def panorama() -> Case:
+    """A UNet call, and a step of the scheduler, for every view of every step."""
+    pipe = like_sd(diffusers.StableDiffusionPanoramaPipeline, without=("image_encoder",), **NO_CHECKER)
+    pipe.vae_scale_factor = 8
+    runs = (
+        Run(steps(5, width=576), 10, per_step=2),
+        Run(steps(4, width=640), 12, per_step=3),
+        Run(steps(4, width=576, guidance_scale=2.0), 8, per_step=2),
+    )
+    return Case(pipe, runs, common={**PROMPT, "height": 512})
+
+
 # Video.
 
 
@@ -541,6 +574,13 @@ def ddim() -> Case:
     return Case(pipe, runs, common={"output_type": "np"})
 
 
+def pseudo_numerical() -> Case:
+    """PNDM: the first steps take four calls each, the others one."""
+    pipe = quiet(diffusers.PNDMPipeline(_unconditional(), diffusers.PNDMScheduler()))
+    runs = (Run(steps(6), 15), Run(steps(5, batch_size=2), 14), Run(steps(4), 13))
+    return Case(pipe, runs, captures=2, common={"output_type": "np"})
+
+
 def consistency_model() -> Case:
     pipe = quiet(diffusers.ConsistencyModelPipeline(_unconditional(), diffusers.CMStochasticIterativeScheduler()))
     runs = (Run(steps(4), 4), Run(steps(1), 1), Run(steps(None, timesteps=[39, 20, 5, 0]), 4))
@@ -623,12 +663,16 @@ CASES: dict[str, Callable[[], Case]] = {
         latent_consistency,
         perturbed_attention,
         perturbed_attention_xl,
+        semantic_guidance,
+        safe_guidance,
+        panorama,
         animate_diff,
         stable_video,
         text_to_video,
         latent_diffusion,
         ddpm,
         ddim,
+        pseudo_numerical,
         consistency_model,
         kandinsky_decoder,
     )

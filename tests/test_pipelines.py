@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 import deepcache_fx
 from tests import small
 from tests.oracles import TO_THE_BIT, specified
-from tests.pipelines import CASES, PROMPT, SLOW, Case, Run
+from tests.pipelines import CASES, NO_CHECKER, PROMPT, SLOW, Case, Run, attentive, like_sd
 
 INTERVAL = 3
 
 
 def full_calls(run: Run) -> set[int]:
     """UNet calls that must be full."""
-    return {call for call in range(run.calls) if call % INTERVAL == 0} | run.forced
+    return {call for call in range(run.calls) if call // run.per_step % INTERVAL == 0} | run.forced
 
 
 def trace(run: Run) -> str:
@@ -32,7 +33,7 @@ def expected(case: Case, run: Run) -> torch.Tensor:
         return own(*args, **{name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()})
 
     case.pipe.unet.forward = forward  # which `specified` takes off again
-    with specified(case.pipe, full_calls(run), branch=0):
+    with specified(case.pipe, full_calls(run), branch=0, per_step=run.per_step):
         return case(run)
 
 
@@ -82,3 +83,19 @@ def test_the_oracle_is_not_the_model_itself() -> None:
     """Else all of the above would hold for a library that caches nothing."""
     case = CASES["text_to_image"]()
     assert not torch.equal(expected(case, case.runs[0]), case(case.runs[0]))
+
+
+def test_self_attention_guidance_runs_uncached_because_its_processor_keeps_the_attention_maps() -> None:
+    """A captured graph would leave the maps as they are: another image, without a word (see also test_side_effects)."""
+    pipe = like_sd(diffusers.StableDiffusionSAGPipeline, attentive(), without=("image_encoder",), **NO_CHECKER)
+
+    def generate() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipe(**PROMPT, **small.SIZE, num_inference_steps=3, sag_scale=0.75, generator=generator).images
+
+    expected = generate()
+    deepcache_fx.optimize(pipe, INTERVAL, **TO_THE_BIT)
+    with pytest.warns(UserWarning, match=r"runs uncached: layer mid_block\.attentions\.0 has a forward hook"):
+        assert torch.equal(generate(), expected)
+    assert torch.equal(generate(), expected)
+    assert deepcache_fx.report(pipe).original_calls == 12

@@ -10,9 +10,11 @@ import gc
 import itertools
 import pickle
 import threading
+import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -21,6 +23,7 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from DeepCache import DeepCacheSDHelper
+from diffusers.models.attention_processor import AttnProcessor
 
 import deepcache_fx
 from deepcache_fx import DeepCacheError, cuda_graphs, runtime
@@ -257,6 +260,39 @@ def test_6_a_timestep_by_keyword_is_a_timestep() -> None:
     assert trace(pipe) == "FssF"
 
 
+FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "int": int,
+    "float": float,
+    "view": lambda t: t,
+    "0-d": lambda t: t.clone(),
+    "one": lambda t: t.reshape(1),
+    "one for each sample": lambda t: t.expand(2),
+    "one for each sample, in memory of its own": lambda t: t.repeat(2),
+}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_6_a_timestep_in_any_form_by_position_or_keyword_is_a_step_of_a_loop_of_ones_own() -> None:
+    unet, context = pipelines.unet(), torch.ones(2, 12, models.TEXT)
+
+    def run(form: Callable[[torch.Tensor], Any], named: bool) -> torch.Tensor:
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for t in TIMESTEPS.clone()[:5]:
+            arguments = {"timestep": form(t), "encoder_hidden_states": context}
+            x = x - 0.1 * (unet(x, **arguments) if named else unet(x, *arguments.values())).sample
+        return x
+
+    with specified(SimpleNamespace(unet=unet), thirds(5), 0):
+        expected = run(FORMS["view"], False)
+    deepcache_fx.optimize(unet, **TO_THE_BIT)
+    for name, form in FORMS.items():
+        for named in (False, True):
+            assert torch.equal(run(form, named), expected), name
+            assert trace(unet) == "FssFs", name
+    assert deepcache_fx.report(unet).captures == 5
+
+
 @pytest.mark.parametrize("how", ["flag", "callback", "unet"])
 def test_7_after_an_interruption_at_any_step_the_next_run_is_as_fresh(how: str) -> None:
     """`pipe._interrupt`, a callback that raises, and Ctrl-C in the midst of the UNet."""
@@ -476,6 +512,47 @@ def test_9_settings_of_the_model_are_not_baked_in_for_good() -> None:
     assert report.original_calls == 0
 
 
+WITHIN: dict[str, tuple[Callable[[Any], object], Callable[[Any], object]]] = {
+    "ip-adapter off": (lambda pipe: pipe.set_ip_adapter_scale(0.8), lambda pipe: pipe.set_ip_adapter_scale(0.0)),
+    "freeu on": (lambda pipe: pipe.disable_freeu(), lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)),
+    "another processor": (
+        lambda pipe: pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.set_processor(AttnProcessor()),
+        lambda pipe: pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.set_processor(Halved()),
+    ),
+}
+
+
+class Halved(AttnProcessor):
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().__call__(*args, **kwargs) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", WITHIN)
+def test_9_a_setting_that_changes_within_a_run_shows_at_the_next_step(what: str) -> None:
+    """As diffusers' IPAdapterScaleCutoffCallback changes it; one full step, and the schedule goes on."""
+    case = pipelines.ip_adapter()
+    before, change = WITHIN[what]
+    case.pipe.set_ip_adapter_scale(0.8)
+
+    def callback(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if index == 3:
+            change(pipe)
+        return values
+
+    def run() -> torch.Tensor:
+        before(case.pipe)
+        return case(pipelines.Run(pipelines.steps(7, callback_on_step_end=callback), 7))
+
+    with specified(case.pipe, {0, 3, 4, 6}, 0):
+        expected = run()
+    deepcache_fx.optimize(case.pipe, **TO_THE_BIT)
+    for _ in range(2):
+        assert torch.equal(run(), expected)
+        assert trace(case.pipe) == "FssFFsF"
+    assert deepcache_fx.report(case.pipe).captures == 2
+
+
 @pytest.mark.slow
 def test_9_lora_is_seen_at_every_turn_and_recaptures_are_counted() -> None:
     """Add, scale, a second adapter, both, fuse, unfuse, remove: each equals a plain UNet that was changed alike."""
@@ -587,6 +664,37 @@ def test_12_threads_with_their_own_prompts_sizes_and_numbers_of_steps_do_not_mee
     assert all(torch.equal(result, expected[i]) for i in range(len(jobs)) for result in results[i])
     assert sum(map(len, results.values())) == 24
     assert deepcache_fx.report(unet).captures == 4
+
+
+@pytest.mark.slow
+def test_12_eight_threads_twenty_generations_each_on_two_unets() -> None:
+    """Four threads on each; sizes, batches, numbers of steps and prompts differ, and so do the intervals."""
+    unets = [optimized(interval=interval) for interval in (2, 3)]
+    jobs = [
+        [dict(seed=k, size=8 + 4 * (k % 2), batch=1 + k // 2 % 2) for k in range(t % 4, t % 4 + 4)] for t in range(8)
+    ]
+
+    def run(thread: int, job: dict[str, int]) -> torch.Tensor:
+        return denoise(unets[thread // 4], TIMESTEPS[-6 - job["seed"] :], **job)
+
+    expected = [[run(thread, job) for job in jobs[thread]] for thread in range(8)]
+    results: list[list[bool]] = [[] for _ in range(8)]
+    gate, num_threads = threading.Barrier(8), torch.get_num_threads()
+
+    def work(thread: int) -> None:
+        torch.set_num_threads(num_threads)
+        gate.wait()
+        for _ in range(5):
+            for job, wanted in zip(jobs[thread], expected[thread], strict=True):
+                results[thread].append(torch.equal(run(thread, job), wanted))
+
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [[True] * 20] * 8
+    assert [deepcache_fx.report(unet).captures for unet in unets] == [4, 4]
 
 
 @torch.no_grad()
@@ -814,6 +922,56 @@ def test_generation_after_generation_keeps_no_more_tensors() -> None:
     assert counts[1:] == [counts[1]] * 3
 
 
+LOGGING = ("*/torch/_logging/*", "*/torch/utils/_traceback.py", "*/traceback.py", "*/logging/*")
+"""Whose memory is not counted: pytest keeps what PyTorch logs."""
+
+
+class TinyUNet(torch.nn.Module):
+    """Captured in a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.deep, self.last = (torch.nn.Conv2d(i, 4, 3, padding=1) for i in (4, 4, 8))
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        skip = self.first(x) + timesteps[:, None, None, None] * context.mean()
+        return self.last(torch.cat([self.deep(self.deep(skip).relu()), skip], dim=1))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_200_generations_of_twelve_signatures() -> None:
+    """Room for eight: round after round is captured anew, and leaves nothing behind."""
+    unet = deepcache_fx.optimize(TinyUNet(), 2, **TO_THE_BIT)
+    shapes = [(size, batch) for size in (4, 6, 8, 12) for batch in (1, 2, 3)]
+    timesteps = TIMESTEPS.clone()[:3]
+
+    def generate_67_times() -> None:
+        for k in range(67):
+            size, batch = shapes[k if k < 12 else 4 + k % 8]
+            denoise(unet, timesteps, size=size, batch=batch)  # type: ignore[arg-type]
+
+    def traced() -> tuple[int, int]:
+        gc.collect()
+        found = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(False, file) for file in LOGGING])
+        return sum(trace.size for trace in found.traces), deepcache_fx.report(unet).captures
+
+    tracemalloc.start()
+    try:
+        generate_67_times()
+        before, captures = traced()
+        generate_67_times()
+        generate_67_times()
+        after, captures_after = traced()
+    finally:
+        tracemalloc.stop()
+    held = runtime_of(unet)
+    assert held is not None
+    assert len(held._entries) == 8
+    assert captures_after - captures > 16
+    assert after - before < 20_000 * (captures_after - captures)  # PyTorch itself keeps half as much of each
+
+
 def test_a_thread_that_ends_takes_its_cache_along() -> None:
     unet = optimized()
     denoise(unet, TIMESTEPS[:1])
@@ -843,6 +1001,26 @@ def test_sequential_offload_is_refused_with_the_reason() -> None:
     with pytest.raises(DeepCacheError, match=r"(?i)sequential.*offload"):
         deepcache_fx.optimize(unet, **TO_THE_BIT)
     assert set(unet.__dict__) == keys
+
+
+HOOKED: dict[str, Callable[[Any], object]] = {
+    "group_offloading": lambda unet: unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+    "layerwise_casting": lambda unet: unet.enable_layerwise_casting(torch.float16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKED)
+def test_what_moves_or_casts_weights_within_a_call_is_refused_with_the_reason(hook: str) -> None:
+    """Before, by `optimize`; after, by the first call, and the model is then as it was."""
+    unet = pipelines.unet()
+    HOOKED[hook](unet)
+    with pytest.raises(DeepCacheError, match=rf"diffusers' hook '{hook}'"):
+        deepcache_fx.optimize(unet, **TO_THE_BIT)
+    unet = deepcache_fx.optimize(pipelines.unet(), **TO_THE_BIT)
+    HOOKED[hook](unet)
+    with pytest.raises(DeepCacheError, match=rf"diffusers' hook '{hook}'"), torch.no_grad():
+        unet(torch.ones(1, 4, 16, 16), torch.tensor(1), torch.ones(1, 12, models.TEXT))
+    assert runtime_of(unet) is None
 
 
 def test_a_users_own_hook_sees_every_call_and_may_change_the_output() -> None:

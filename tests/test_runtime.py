@@ -228,7 +228,7 @@ def test_a_change_of_batch_within_a_run_is_one_full_step(unet: CompVisUNet) -> N
             out = unet(torch.ones(batch, 4, 8, 8), t.expand(batch), torch.ones(batch, 3, 6))
             assert out.shape[0] == batch
     assert report(unet).last_run == "FsssFFss"
-    assert report(unet).forced_full == {"inputs changed shape or type within a run": 1}
+    assert report(unet).forced_full == {"inputs or settings changed within a run": 1}
 
 
 def test_sizes_up_down_and_back_capture_once_each(unet: CompVisUNet) -> None:

@@ -95,6 +95,13 @@ def test_a_rebuilt_call_has_the_new_tensors_in_order() -> None:
     assert all(a is b for a, b in zip(again.tensors, fresh, strict=True))
 
 
+def test_a_rebuilt_call_names_what_was_named_or_left_out() -> None:
+    """A decorated forward may look for it there: diffusers' looks for the scale of a LoRA."""
+    call = READER.read(MODEL, (X, 1), {"states": S})
+    args, kwargs = READER.rebuild(call, list(call.tensors))
+    assert (len(args), list(kwargs)) == (2, ["states", "extra", "scale"])
+
+
 def test_what_cannot_be_compared_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedInput, match=r"set \{1\} is neither a tensor nor hashable"):
         key(X, 1, extra={1})

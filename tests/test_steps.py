@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepcache_fx.steps import MAX_CALLS_PER_STEP, StepTracker, Tick, position_of, value_position
+from deepcache_fx.steps import MAX_CALLS_PER_STEP, MAX_VIEWS_PER_STEP, StepTracker, Tick, position_of, value_position
 
 
 def feed(tracker: StepTracker, timesteps: list[torch.Tensor], samples: list[object] | None = None) -> list[Tick]:
@@ -59,6 +59,34 @@ def test_two_calls_with_different_samples_are_settled_by_one_full_step() -> None
     ticks = feed(StepTracker(), [t for t in torch.tensor([999, 700, 400, 1]) for _ in range(2)])
     assert places(ticks) == [(step, call) for step in range(4) for call in range(2)]
     assert [t.doubt is not None for t in ticks] == [True, False, True, True, False, False, False, False]
+
+
+def hooked(timesteps: list[torch.Tensor], num_steps: int) -> list[Tick]:
+    """A scheduler whose `step` follows every call."""
+    tracker, ticks = StepTracker(), []
+    tracker.run_announced(num_steps)
+    for t in timesteps:
+        ticks += feed(tracker, [t])
+        tracker.step_ended()
+    return ticks
+
+
+@pytest.mark.parametrize("views", [2, MAX_CALLS_PER_STEP + 5])
+def test_views_of_a_panorama_are_calls_of_a_step_although_the_scheduler_makes_a_step_for_each(views: int) -> None:
+    ticks = hooked([t for t in torch.tensor([999, 500, 1]) for _ in range(views)], 3)
+    assert places(ticks) == [(step, view) for step in range(3) for view in range(views)]
+    assert [tick.doubt for tick in ticks[1:]] == [None] * (3 * views - 1)
+    assert places(hooked([torch.tensor(999)] * views, 1)) == [(0, view) for view in range(views)]
+
+
+def test_with_more_views_than_can_be_told_apart_every_call_is_full() -> None:
+    views = MAX_VIEWS_PER_STEP + 9
+    ticks = hooked([t for t in torch.tensor([999, 500, 1]) for _ in range(views)], 3)
+    assert all(tick.step == 0 or tick.doubt for tick in ticks)
+
+
+def test_a_bare_timestep_that_a_scheduler_repeats_is_a_step_of_its_own() -> None:
+    assert places(hooked(values(999, 500, 500, 1), 4)) == [(step, 0) for step in range(4)]
 
 
 def test_a_run_abandoned_after_its_first_step_leaves_nothing_to_the_next() -> None:

@@ -1,0 +1,143 @@
+"""Whether everything that was read of a model is still the same objects: asked without reading it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain, islice, repeat
+from operator import attrgetter, eq, is_
+from typing import Any
+
+import torch
+
+_attributes = attrgetter("__dict__")
+_kind = attrgetter("dtype", "device", "shape")
+_version = attrgetter("_version")
+
+_STANDARD = tuple(torch.nn.Module().__dict__)
+"""The attributes that every module has, and has first."""
+
+
+class Reading:
+    """What was found where, in flat lists.
+
+    A model has some ten thousand attributes: they are compared by identity, in loops that the interpreter runs in C.
+    Equal values in other objects count as a change; whoever asks then reads again, and compares what matters.
+    """
+
+    def __init__(self) -> None:
+        self.objects: list[object] = []
+        self._types: list[type] = []
+        self._names: list[object] = []
+        self._values: list[object] = []
+        self._skipped: list[int] = []
+        self._own: list[object] = []
+        self._containers: list[Any] = []
+        self._lengths: list[int] = []
+        self._items: list[object] = []
+        self._empty: list[Any] = []
+        self._sets: list[tuple[set[Any], frozenset[Any]]] = []
+        self._tensors: list[torch.Tensor] = []
+        self._versions: list[int] = []
+        self._weights: list[torch.Tensor] = []
+        self._kinds: list[object] = []
+        self._strides: list[object] = []
+
+    def attributes(self, owner: object) -> list[tuple[str, Any]]:
+        """The instance attributes of an object."""
+        items = list(_attributes(owner).items())
+        names, values = [name for name, _ in items], [value for _, value in items]
+        skipped = len(_STANDARD) if tuple(names[: len(_STANDARD)]) == _STANDARD else 0
+        self.objects.append(owner)
+        self._types.append(type(owner))
+        self._names += names
+        self._values += values
+        self._skipped.append(skipped)
+        self._own += values[skipped:]
+        return items
+
+    def dictionary(self, value: dict[Any, Any]) -> list[tuple[Any, Any]]:
+        """What a dictionary holds."""
+        items = list(value.items())
+        if items:
+            self._contained(value, [key for key, _ in items])
+            self._contained(value.values(), [item for _, item in items])
+        else:
+            self._empty.append(value)
+        return items
+
+    def sequence(self, value: list[Any]) -> list[Any]:
+        """What a list holds."""
+        items = list(value)
+        if items:
+            self._contained(value, items)
+        else:
+            self._empty.append(value)
+        return items
+
+    def _contained(self, container: Any, items: list[Any]) -> None:
+        self._containers.append(container)
+        self._lengths.append(len(items))
+        self._items += items
+
+    def set(self, value: set[Any]) -> frozenset[Any]:
+        """What a set holds."""
+        items = frozenset(value)
+        self._sets.append((value, items))
+        return items
+
+    def tensor(self, value: torch.Tensor) -> int | None:
+        """How often a tensor has been written into, where that is counted."""
+        if value.is_inference():
+            return None
+        self._tensors.append(value)
+        self._versions.append(value._version)
+        return value._version
+
+    def weight(self, value: torch.Tensor) -> tuple[object, ...]:
+        """A parameter's type, device, shape and strides, which change without another parameter."""
+        kind, stride = _kind(value), value.stride()
+        self._weights.append(value)
+        self._kinds.append(kind)
+        self._strides.append(stride)
+        return (*kind, stride)
+
+    def holds(self, *, thorough: bool = True) -> bool:
+        """True where nothing of it has changed; without `thorough`, of objects no more than their own attributes."""
+        try:
+            return (
+                (self._same_entirely() if thorough else self._same_attributes())
+                and [*map(len, self._containers)] == self._lengths
+                and all(map(is_, chain.from_iterable(self._containers), self._items))
+                and not any(self._empty)
+                and all(value == items for value, items in self._sets)
+                and [*map(_version, self._tensors)] == self._versions
+            )
+        except RuntimeError:  # a dictionary changed its size: another thread is at it
+            return False
+
+    def _same_attributes(self) -> bool:
+        found = map(dict.values, map(_attributes, self.objects))
+        return all(map(is_, chain.from_iterable(map(islice, found, self._skipped, repeat(None))), self._own))
+
+    def _same_entirely(self) -> bool:
+        found = [*map(_attributes, self.objects)]
+        return (
+            all(map(is_, map(type, self.objects), self._types))
+            and sum(map(len, found)) == len(self._values)
+            and all(map(is_, chain.from_iterable(map(dict.values, found)), self._values))
+            and [*chain.from_iterable(found)] == self._names
+            and all(map(eq, map(_kind, self._weights), self._kinds))
+            and all(map(eq, map(torch.Tensor.stride, self._weights), self._strides))
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.objects or self._containers or self._empty or self._sets or self._tensors or self._weights)
+
+    @staticmethod
+    def joined(readings: Iterable[Reading]) -> Reading:
+        """One that holds where all of these do."""
+        result = Reading()
+        for reading in filter(None, readings):
+            for name, items in reading.__dict__.items():
+                getattr(result, name).extend(items)
+        return result
