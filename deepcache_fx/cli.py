@@ -109,6 +109,9 @@ def compare(
     interval: Annotated[int, typer.Option(min=1, help="1:N caching: every N-th step is full.")] = 3,
     branch: Annotated[str, typer.Option(help="The skip connection: its number, or block,layer.")] = "0",
     schedule: Annotated[ScheduleName, typer.Option(help="Where the full steps lie.")] = ScheduleName.uniform,
+    forecast: Annotated[
+        int, typer.Option(min=0, max=2, help="Of the cached feature: 0 repeats it, 1 is linear, 2 quadratic.")
+    ] = 0,
     power: Annotated[float, typer.Option(help="Of the power schedule: how fast full steps thin out.")] = 1.4,
     center: Annotated[int, typer.Option(help="Of the power schedule: the step around which they are dense.")] = 15,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
@@ -143,6 +146,7 @@ def compare(
             prompts=tuple(prompt or ()),
             schedule=Uniform(interval) if uniform else Power(interval, power, center),
             branch=_branch(branch),
+            forecast=forecast,
             backend=backend,
             scheduler=scheduler,
             steps=steps,

@@ -34,6 +34,7 @@ class Request:
     prompts: tuple[str, ...]
     schedule: Schedule
     branch: Branch
+    forecast: int
     backend: str
     scheduler: str | None
     steps: int
@@ -73,6 +74,7 @@ def compare_command(request: Request) -> None:
         "refiner": request.refiner,
         "schedule": str(request.schedule),
         "branch": request.branch,
+        "forecast": request.forecast,
         "scheduler": type(pipes[0].scheduler).__name__,
         "backend": found.reports[0].backend,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -103,7 +105,7 @@ def _load(request: Request, device: torch.device, dtype: torch.dtype, console: C
 
 
 def _compare(request: Request, prompts: tuple[str, ...], pipes: list[Any], progress: StepProgress) -> Comparison:
-    arguments = {"schedule": request.schedule, "branch": request.branch, "backend": request.backend}
+    arguments = {name: getattr(request, name) for name in ("schedule", "branch", "forecast", "backend")}
     try:
         return compare(
             pipes[0],
@@ -168,6 +170,7 @@ def _sampling_bars(console: Console) -> Iterator[StepProgress]:
 def _table(found: Comparison, settings: Mapping[str, Any]) -> Table:
     where = f"{settings['device']} {settings['dtype']}, {settings['width']}x{settings['height']}"
     how = f"{found.steps} steps {settings['scheduler']}, {settings['schedule']}, branch {settings['branch']}"
+    how += f", forecast {settings['forecast']}" if settings["forecast"] else ""
     table = Table(title=f"{settings['model']}\n{how}\n{where}, batch {len(found.prompts)}", title_justify="left")
     table.add_column("")
     table.add_column("baseline", justify="right")

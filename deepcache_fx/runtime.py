@@ -66,6 +66,7 @@ class ThreadState(threading.local):
         self.refreshed = 0
         self.prompts: dict[tuple[str, int], PromptValues] = {}
         self.trace: list[str] = []
+        self.answer: tuple[int, int | None, bool] | None = None
         self.expected = Expectation()
         self.last_heard = 0
 
@@ -76,6 +77,7 @@ class ThreadState(threading.local):
 
     def clear(self) -> None:
         """Let go of what earlier steps left."""
+        self.answer = None
         self.slots.clear()
         self.prompts.clear()
 
@@ -150,7 +152,7 @@ class Runtime:
         number = state.expected.next_call(run, tick.step)
         coming = Coming(run, tick.new_run, number, is_told)
         slot = None if tick.new_run or not is_told else state.slots.get(number)
-        if slot is None or self._is_stale(state, slot) or self._is_full(tick.step, tick.num_steps):
+        if slot is None or self._is_stale(state, slot) or self._is_full(state, tick.step, tick.num_steps):
             return coming
         return replace(coming, is_shallow=True, pairing=slot.pairing)
 
@@ -206,7 +208,7 @@ class Runtime:
             forced = forced or "no cached feature for this call of the step"
         elif slot.entry is not entry:
             forced = forced or "inputs or settings changed within a run"
-        wanted_full = self._is_full(tick.step, tick.num_steps)
+        wanted_full = self._is_full(state, tick.step, tick.num_steps)
         handed = state.expected.handed.pop(tick.call, None)
         if forced is not None and not wanted_full:
             self.counts.forced[forced] += 1
@@ -231,8 +233,11 @@ class Runtime:
             state.trace.append("s")
         return entry.captured.outputs(leaves)
 
-    def _is_full(self, step: int, num_steps: int | None) -> bool:
-        return step == 0 or self.options.schedule.is_full(step, num_steps)
+    def _is_full(self, state: ThreadState, step: int, num_steps: int | None) -> bool:
+        """What the schedule says of a step; asked once a step, for a function of the user's may keep count."""
+        if state.answer is None or state.answer[:2] != (step, num_steps):
+            state.answer = step, num_steps, step == 0 or self.options.schedule.is_full(step, num_steps)
+        return state.answer[2]
 
     @staticmethod
     def _is_stale(state: ThreadState, slot: Slot) -> bool:

@@ -126,9 +126,11 @@ class CallReader:
         """
         remaining = iter(tensors)
         arguments = {name: _replace(value, remaining) for name, value in call.arguments.items()}
-        if self._plain:
-            return (arguments.pop(self.sample_name),), arguments
         parameters = [p for p in self._parameters if p.name in arguments]
+        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            parameters[1:] = [
+                p.replace(kind=p.KEYWORD_ONLY) if p.kind is p.POSITIONAL_OR_KEYWORD else p for p in parameters[1:]
+            ]
         bound = inspect.BoundArguments(inspect.Signature(parameters), arguments)
         return bound.args, bound.kwargs
 

@@ -53,7 +53,8 @@ def refused(arguments: Sequence[str], message: str, tmp_path: Path) -> None:
 
 
 def test_compare_writes_the_picture_the_numbers_and_a_table(model: str, tmp_path: Path) -> None:
-    code, output, error = run("compare", "--model", model, "--interval", "2", "--json", "numbers.json", *QUICK)
+    numbers = ("--json", "numbers.json")
+    code, output, error = run("compare", "--model", model, "--interval", "2", "--forecast", "1", *numbers, *QUICK)
     assert (code, error) == (0, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["numbers.json", "output.png"]
     values = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
@@ -61,6 +62,7 @@ def test_compare_writes_the_picture_the_numbers_and_a_table(model: str, tmp_path
     assert (values["full_calls"], values["shallow_calls"]) == ([2], [2])
     assert (values["width"], values["height"], values["dtype"]) == (16, 16, "float32")
     assert values["psnr"] > 20
+    assert values["forecast"] == 1
     for expected in ("speed-up", "bound", f"{values['psnr']:.1f} dB", "2 full + 2 shallow", "picture: output.png"):
         assert expected in output
     with Image.open(tmp_path / "output.png") as picture:

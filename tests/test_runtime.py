@@ -395,6 +395,18 @@ def test_steps_and_functions_are_schedules(unet: CompVisUNet) -> None:
     assert report(unet).captures == 1  # the programs do not depend on the schedule
 
 
+def test_a_function_is_asked_once_a_step_however_many_calls_a_step_has(unet: CompVisUNet) -> None:
+    asked = []
+    deepcache_fx.optimize(unet, schedule=lambda step: asked.append(step) or step == 2, backend="eager")  # type: ignore[func-returns-value]
+    one = {name: value[:1] for name, value in INPUTS.items() if name != "timesteps"}
+    with torch.no_grad():
+        for t in TIMESTEPS[:4]:
+            for _ in range(2):
+                unet(**one, timesteps=t.expand(1))
+    assert report(unet).last_run == "FFssFFss"
+    assert asked == [1, 2, 3]
+
+
 def test_inputs_that_cannot_be_part_of_a_key_run_uncached(unet: CompVisUNet) -> None:
     class Wrapper(CompVisUNet):
         def forward(self, x, timesteps, context, extra=None):  # type: ignore[no-untyped-def]

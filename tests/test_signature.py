@@ -95,11 +95,11 @@ def test_a_rebuilt_call_has_the_new_tensors_in_order() -> None:
     assert all(a is b for a, b in zip(again.tensors, fresh, strict=True))
 
 
-def test_a_rebuilt_call_names_what_was_named_or_left_out() -> None:
+def test_a_rebuilt_call_names_all_but_the_sample() -> None:
     """A decorated forward may look for it there: diffusers' looks for the scale of a LoRA."""
-    call = READER.read(MODEL, (X, 1), {"states": S})
+    call = READER.read(MODEL, (X, 1), {"states": S, "more": 3})
     args, kwargs = READER.rebuild(call, list(call.tensors))
-    assert (len(args), list(kwargs)) == (2, ["states", "extra", "scale"])
+    assert (len(args), list(kwargs)) == (1, ["timestep", "states", "extra", "scale", "more"])
 
 
 def test_what_cannot_be_compared_is_refused_by_name() -> None:
