@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import threading
 import types
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,19 +79,18 @@ def fingerprint(module: torch.nn.Module) -> Settings:
     Seen: submodules added, replaced or removed, parameters replaced, and every plain value in an instance attribute:
     training mode, LoRA scales and active adapters, IP-Adapter scale, attention processors, FreeU factors.
     """
-    return _read(module, {}).settings
+    return _read(module).settings
 
 
 class Fingerprint:
     """A model's fingerprint, kept: while all that was read is still the same, it is not read again.
 
-    Reading a Stable Diffusion UNet takes some 15 ms, finding it unchanged less than 1 ms, and finding its settings
-    alone unchanged a few tens of microseconds; where a part has changed, that part is read.
+    To find a Stable Diffusion UNet unchanged takes a tenth of the time of reading it, to find its settings unchanged a
+    tenth of that.
     """
 
     def __init__(self) -> None:
         self._known: _Model | None = None
-        self._lock = threading.Lock()
 
     def known(self, module: torch.nn.Module, *, thorough: bool) -> Settings | None:
         """The fingerprint, where nothing has changed; None where something has.
@@ -100,7 +98,7 @@ class Fingerprint:
         Without `thorough` settings alone are compared: not structure, weights, hooks and PyTorch's own layers.
         """
         known = self._known
-        if known is None or known.parts[""].module is not module:
+        if known is None or known.module is not module:
             return None
         unchanged = known.settings_read.holds(thorough=thorough) and (not thorough or known.layers_read.holds())
         return known.settings if unchanged else None
@@ -112,69 +110,42 @@ class Fingerprint:
 
     def read(self, module: torch.nn.Module) -> Settings:
         """The fingerprint as of now."""
-        with self._lock:
-            before = self._known
-            now = _read(module, before.parts if before is not None else {})
-            if before is not None and now.settings == before.settings:
-                now.settings = before.settings  # the same object: then every look-up is quick
-            self._known = now
-            return now.settings
+        before, now = self._known, _read(module)
+        if before is not None and now.settings == before.settings:
+            now = replace(now, settings=before.settings)  # the same object: then every look-up is quick
+        self._known = now
+        return now.settings
 
 
-@dataclass
-class _Part:
-    """One submodule as it was read."""
+@dataclass(frozen=True)
+class _Model:
+    """A model as it was read."""
 
     module: torch.nn.Module
     settings: Settings
     settings_read: Reading
     layers_read: Reading
 
-    def holds(self) -> bool:
-        return (not self.settings_read or self.settings_read.holds()) and self.layers_read.holds()
 
-
-@dataclass
-class _Model:
-    """All of them."""
-
-    parts: dict[str, _Part]
-    settings: Settings
-    settings_read: Reading
-    layers_read: Reading
-
-
-def _read(module: torch.nn.Module, before: dict[str, _Part]) -> _Model:
-    parts: dict[str, _Part] = {}
-    for name, sub in module.named_modules():
-        known = before.get(name)
-        unchanged = known is not None and known.module is sub and known.holds()
-        parts[name] = known if known is not None and unchanged else _read_part(name, sub)
-    return _Model(
-        parts,
-        Settings(tuple([part.settings for part in parts.values()])),
-        Reading.joined(part.settings_read for part in parts.values()),
-        Reading.joined(part.layers_read for part in parts.values()),
-    )
-
-
-def _read_part(name: str, module: torch.nn.Module) -> _Part:
+def _read(module: torch.nn.Module) -> _Model:
     settings, layers = Reading(), Reading()
-    own = layers if type(module).__module__.startswith("torch.nn.") else settings
-    frozen: list[object] = [name]
-    if name:  # of the whole the class may be our own subclass
-        frozen.append(type(module))
-    for key, value in own.attributes(module):
-        if key == "forward" and (not name or "_old_forward" in module.__dict__):
-            continue  # our own, or accelerate's
-        if key not in NOT_STATE and value is not None:
-            frozen.append((key, _freeze(value, _DEPTH, layers if key in _SELDOM_CHANGED else settings)))
-    layers.dictionary(module._modules)
-    for tensors in (module._parameters, module._buffers):
-        for key, tensor in layers.dictionary(tensors):
-            if tensor is not None:
-                frozen.append((key, id(tensor), *layers.weight(tensor)))
-    return _Part(module, Settings(tuple(frozen)), settings, layers)
+    frozen: list[object] = []
+    for name, sub in module.named_modules():
+        frozen.append(name)
+        if name:  # of the whole the class may be our own subclass
+            frozen.append(type(sub))
+        own = layers if type(sub).__module__.startswith("torch.nn.") else settings
+        for key, value in own.attributes(sub):
+            if key == "forward" and (not name or "_old_forward" in sub.__dict__):
+                continue  # our own, or accelerate's
+            if key not in NOT_STATE and value is not None:
+                frozen.append((key, _freeze(value, _DEPTH, layers if key in _SELDOM_CHANGED else settings)))
+        layers.dictionary(sub._modules)
+        for tensors in (sub._parameters, sub._buffers):
+            for key, tensor in layers.dictionary(tensors):
+                if tensor is not None:
+                    frozen.append((key, id(tensor), *layers.weight(tensor)))
+    return _Model(module, Settings(tuple(frozen)), settings, layers)
 
 
 def _freeze(value: Any, depth: int, read: Reading) -> object:

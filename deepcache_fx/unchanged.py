@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import chain, islice, repeat
 from operator import attrgetter, eq, is_
 from typing import Any
@@ -129,15 +128,3 @@ class Reading:
             and all(map(eq, map(_kind, self._weights), self._kinds))
             and all(map(eq, map(torch.Tensor.stride, self._weights), self._strides))
         )
-
-    def __bool__(self) -> bool:
-        return bool(self.objects or self._containers or self._empty or self._sets or self._tensors or self._weights)
-
-    @staticmethod
-    def joined(readings: Iterable[Reading]) -> Reading:
-        """One that holds where all of these do."""
-        result = Reading()
-        for reading in filter(None, readings):
-            for name, items in reading.__dict__.items():
-                getattr(result, name).extend(items)
-        return result

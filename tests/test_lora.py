@@ -80,7 +80,6 @@ CHANGES: list[tuple[str, Callable[[Any, Path], object], int]] = [
     ("the weights before", lambda pipe, folder: set_weights(pipe), 0),
     ("fused", lambda pipe, folder: pipe.fuse_lora(adapter_names=["a", "b"]), 1),
     ("unfused", lambda pipe, folder: pipe.unfuse_lora(), 1),
-    ("one of them deleted", lambda pipe, folder: pipe.delete_adapters("b"), 1),
     ("unloaded", lambda pipe, folder: pipe.unload_lora_weights(), 1),
 ]
 

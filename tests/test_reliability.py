@@ -639,33 +639,6 @@ def test_11_the_cache_engages_or_the_report_says_why_not() -> None:
     assert "gradients" in str(report)
 
 
-def test_12_threads_with_their_own_prompts_sizes_and_numbers_of_steps_do_not_meet() -> None:
-    """Eight threads on one optimised UNet: each latent equals its single-threaded one."""
-    unet = optimized()
-    jobs = [dict(seed=i, size=8 if i % 2 else 12, batch=1 + i // 4) for i in range(8)]
-
-    def run(job: dict[str, int]) -> torch.Tensor:
-        return denoise(unet, TIMESTEPS[job["seed"] :], **job)
-
-    expected = [run(job) for job in jobs]
-    results: dict[int, list[torch.Tensor]] = {}
-    gate, num_threads = threading.Barrier(len(jobs)), torch.get_num_threads()
-
-    def work(index: int) -> None:
-        torch.set_num_threads(num_threads)
-        gate.wait()
-        results[index] = [run(jobs[index]) for _ in range(3)]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(result, expected[i]) for i in range(len(jobs)) for result in results[i])
-    assert sum(map(len, results.values())) == 24
-    assert deepcache_fx.report(unet).captures == 4
-
-
 @pytest.mark.slow
 def test_12_eight_threads_twenty_generations_each_on_two_unets() -> None:
     """Four threads on each; sizes, batches, numbers of steps and prompts differ, and so do the intervals."""
