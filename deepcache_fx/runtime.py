@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -54,6 +54,8 @@ class Watch(Protocol):
     def report(self) -> CompanionReport | None: ...
 
 
+_CHANGED = "inputs or settings changed within a run"
+
 _clock = itertools.count(1)
 
 
@@ -67,6 +69,7 @@ class ThreadState(threading.local):
         self.prompts: dict[tuple[str, int], PromptValues] = {}
         self.trace: list[str] = []
         self.answer: tuple[int, int | None, bool] | None = None
+        self.settings: Hashable = None
         self.expected = Expectation()
         self.last_heard = 0
 
@@ -200,38 +203,58 @@ class Runtime:
             state.trace = []
             state.expected.runs += 1
             self._check_num_steps(module, tick)
-        settings = self.model_state.settings(module, call.sample.device, thorough=tick.new_run)
-        entry = self._entry(module, call, settings)
+        wanted_full = self._is_full(state, tick.step, tick.num_steps)
+        handed = state.expected.handed.pop(tick.call, None)
+        if wanted_full:
+            self._have_settings_changed(state, module, call, thorough=tick.new_run)
+        entry = self._entry(module, call, state.settings)
         slot = state.slots.get(tick.call)
         forced = tick.doubt
         if slot is None or self._is_stale(state, slot):
             forced = forced or "no cached feature for this call of the step"
         elif slot.entry is not entry:
-            forced = forced or "inputs or settings changed within a run"
-        wanted_full = self._is_full(state, tick.step, tick.num_steps)
-        handed = state.expected.handed.pop(tick.call, None)
-        if forced is not None and not wanted_full:
-            self.counts.forced[forced] += 1
-        if wanted_full or slot is None or forced is not None:
-            if wanted_full and tick.call == 0:
-                state.refreshed = tick.step  # a call that is missing from this step has no feature until the next
-            before = slot.feature if self.options.forecast and slot is not None and slot.entry is entry else None
-            state.slots.pop(tick.call, None)
-            slot = None  # else the old feature would be moved out of the way of the new one
-            tensors = computed(call.tensors)
-            prompt = state.prompt(entry, "full", tick.call, tensors)
-            leaves, feature = entry.programs.full(tick.step, tensors, prompt, before)
-            pairing = pair(handed, call.tensors, tensors, entry.variants.shallow_reads())
-            state.slots[tick.call] = Slot(entry, feature, state.refreshed, pairing)
-            self.counts.full += 1
-            state.trace.append("F")
-        else:
-            tensors = computed(slot.pairing.inputs(call.tensors) if slot.pairing is not None else call.tensors)
-            prompt = state.prompt(entry, "shallow", tick.call, tensors)
-            leaves = entry.programs.shallow(tick.step, tensors, slot.feature, prompt)
-            self.counts.shallow += 1
-            state.trace.append("s")
+            forced = forced or _CHANGED
+        if slot is not None and forced is None and not wanted_full:
+            leaves = self._shallow(state, entry, slot, tick, call)
+            # Looked at now, while the device is at work. Had they changed, what it computes would count for nothing.
+            if not self._have_settings_changed(state, module, call):
+                self.counts.shallow += 1
+                state.trace.append("s")
+                return entry.captured.outputs(leaves)
+            forced = _CHANGED
+        elif not wanted_full:
+            self._have_settings_changed(state, module, call)
+        if not wanted_full:
+            entry = self._entry(module, call, state.settings)
+            self.counts.forced[str(forced)] += 1
+        elif tick.call == 0:
+            state.refreshed = tick.step  # a call that is missing from this step has no feature until the next
+        before = slot.feature if self.options.forecast and slot is not None and slot.entry is entry else None
+        state.slots.pop(tick.call, None)
+        slot = None  # else the old feature would be moved out of the way of the new one
+        tensors = computed(call.tensors)
+        prompt = state.prompt(entry, "full", tick.call, tensors)
+        leaves, feature = entry.programs.full(tick.step, tensors, prompt, before)
+        pairing = pair(handed, call.tensors, tensors, entry.variants.shallow_reads())
+        state.slots[tick.call] = Slot(entry, feature, state.refreshed, pairing)
+        self.counts.full += 1
+        state.trace.append("F")
         return entry.captured.outputs(leaves)
+
+    @staticmethod
+    def _shallow(state: ThreadState, entry: Entry, slot: Slot, tick: Tick, call: Call) -> Sequence[Any]:
+        """The outputs of a shallow step. It changes nothing that a full step would read."""
+        tensors = computed(slot.pairing.inputs(call.tensors) if slot.pairing is not None else call.tensors)
+        prompt = state.prompt(entry, "shallow", tick.call, tensors)
+        return entry.programs.shallow(tick.step, tensors, slot.feature, prompt)
+
+    def _have_settings_changed(
+        self, state: ThreadState, module: torch.nn.Module, call: Call, *, thorough: bool = False
+    ) -> bool:
+        """True where the model's settings are others than when this thread looked last; they are known from now on."""
+        before = state.settings
+        state.settings = self.model_state.settings(module, call.sample.device, thorough=thorough)
+        return state.settings != before
 
     def _is_full(self, state: ThreadState, step: int, num_steps: int | None) -> bool:
         """What the schedule says of a step; asked once a step, for a function of the user's may keep count."""
