@@ -24,21 +24,37 @@ E = TypeVar("E", bound=Releasable)
 
 def find_or_make(
     entries: OrderedDict[Hashable, E],
-    key: Hashable,
+    settings: Hashable,
+    call: Hashable,
+    *,
+    look: Callable[[], Hashable],
     make: Callable[[], E],
+    keep_only: Callable[[Collection[int]], object],
     module: torch.nn.Module,
     limit: int,
-    keep_only: Callable[[Collection[int]], object],
-) -> E:
-    """The entry of that key, made now if there is none, under the lock that captures need.
+) -> tuple[Hashable, E]:
+    """The entry of these settings and this call, made now if there is none, under the lock that captures need.
 
-    `keep_only` is told the ids of the parameters that the module has, before an entry is made.
+    Args:
+        entries: By (settings, call).
+        settings: Of the module, as last seen.
+        call: Its key.
+        look: Gives the settings as they are: none is made under the name of settings that have changed since.
+        make: Makes an entry.
+        keep_only: Is told the ids of the parameters that the module has, before an entry is made.
+        module: What is captured.
+        limit: How many entries there may be.
+
+    Returns:
+        The settings that the entry belongs to, and the entry.
     """
-    entry = entries.get(key)
+    entry = entries.get((settings, call))
     if entry is None:
         dropped: list[E] = []
         try:
             with CAPTURE_LOCK:
+                settings = look()
+                key = (settings, call)
                 entry = entries.get(key)  # another thread may have been first
                 if entry is None:
                     live = {id(p) for p in module.parameters()}
@@ -53,9 +69,9 @@ def find_or_make(
                 old.release()
     elif len(entries) > 1:
         with CAPTURE_LOCK:
-            if key in entries:
-                entries.move_to_end(key)
-    return entry
+            if (settings, call) in entries:
+                entries.move_to_end((settings, call))
+    return settings, entry
 
 
 def _with_replaced_weights(entries: OrderedDict[Hashable, E], live: Collection[int]) -> list[E]:

@@ -191,10 +191,16 @@ class Companion:
         if failure is not None:
             return failure
         try:
-            make = partial(self._make_entry, module, call)
             return find_or_make(
-                self._entries, key, make, module, self._options.max_captures, self.model_state.keep_only
-            )
+                self._entries,
+                settings,
+                call.key,
+                look=partial(self.model_state.settings, module, call.sample.device, thorough=True),
+                make=partial(self._make_entry, module, call),
+                keep_only=self.model_state.keep_only,
+                module=module,
+                limit=self._options.max_captures,
+            )[1]
         except DeepCacheError as error:
             if len(self._failures) >= _FAILURES_KEPT:
                 self._failures.clear()
@@ -276,7 +282,7 @@ class Companions:
         return len(self._each)
 
     def add(self, companion: Companion) -> None:
-        self._each.append(companion)
+        self._each = [known for known in self._each if known.runtime() is not None] + [companion]
 
     def remove(self, companion: Companion) -> None:
         self._each = [known for known in self._each if known is not companion]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from deepcache_fx import memory_format
+from deepcache_fx.capture import CAPTURE_LOCK
 from deepcache_fx.compile import pick_backend
 from deepcache_fx.config import Options
 from deepcache_fx.fingerprint import Fingerprint
@@ -36,9 +37,13 @@ class ModelState:
         known = self._fingerprint.known(module, thorough=thorough)
         if known is not None:
             return known
-        if self.are_moved(device):
-            self._format.convert(module)
-        return self._fingerprint.read(module)
+        with CAPTURE_LOCK:  # while another thread captures the module it holds stand-ins of its weights
+            known = self._fingerprint.known(module, thorough=thorough)
+            if known is not None:
+                return known
+            if self.are_moved(device):
+                self._format.convert(module)
+            return self._fingerprint.read(module)
 
     @contextmanager
     def watching(self, module: torch.nn.Module) -> Iterator[None]:

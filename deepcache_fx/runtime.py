@@ -118,6 +118,9 @@ class Runtime:
 
     def watch(self, watch: Watch) -> None:
         """Follow a pipeline: `watch` is called before every UNet call."""
+        for known in self._watches:
+            if known.pipeline() is None:
+                known.stop()
         self._watches = [*self.watches(), watch]
         watch()
 
@@ -207,7 +210,7 @@ class Runtime:
         handed = state.expected.handed.pop(tick.call, None)
         if wanted_full:
             self._have_settings_changed(state, module, call, thorough=tick.new_run)
-        entry = self._entry(module, call, state.settings)
+        state.settings, entry = self._entry(module, call, state.settings)
         slot = state.slots.get(tick.call)
         forced = tick.doubt
         if slot is None or self._is_stale(state, slot):
@@ -215,17 +218,23 @@ class Runtime:
         elif slot.entry is not entry:
             forced = forced or _CHANGED
         if slot is not None and forced is None and not wanted_full:
-            leaves = self._shallow(state, entry, slot, tick, call)
-            # Looked at now, while the device is at work. Had they changed, what it computes would count for nothing.
-            if not self._have_settings_changed(state, module, call):
-                self.counts.shallow += 1
-                state.trace.append("s")
-                return entry.captured.outputs(leaves)
+            # Settings are looked at once the device is at work. Where they have changed, what it computes, or fails to
+            # compute of weights that were moved with them, counts for nothing.
+            try:
+                leaves = self._shallow(state, entry, slot, tick, call)
+            except Exception:
+                if not self._have_settings_changed(state, module, call):
+                    raise
+            else:
+                if not self._have_settings_changed(state, module, call):
+                    self.counts.shallow += 1
+                    state.trace.append("s")
+                    return entry.captured.outputs(leaves)
             forced = _CHANGED
         elif not wanted_full:
             self._have_settings_changed(state, module, call)
         if not wanted_full:
-            entry = self._entry(module, call, state.settings)
+            state.settings, entry = self._entry(module, call, state.settings)
             self.counts.forced[str(forced)] += 1
         elif tick.call == 0:
             state.refreshed = tick.step  # a call that is missing from this step has no feature until the next
@@ -288,13 +297,24 @@ class Runtime:
 
     def prepare(self, module: torch.nn.Module, call: Call) -> Entry:
         """Capture and split for calls like this one, ahead of the first."""
-        return self._entry(module, call, self.model_state.settings(module, call.sample.device, thorough=True))
+        return self._entry(module, call, self._look(module, call))[1]
 
-    def _entry(self, module: torch.nn.Module, call: Call, settings: Hashable) -> Entry:
-        """The programs for calls like this one, captured now if there are none yet."""
-        make = functools.partial(self._make_entry, module, call)
+    def _look(self, module: torch.nn.Module, call: Call) -> Hashable:
+        return self.model_state.settings(module, call.sample.device, thorough=True)
+
+    def _entry(self, module: torch.nn.Module, call: Call, settings: Hashable) -> tuple[Hashable, Entry]:
+        """The programs for calls like this one, captured now if there are none yet; and their settings."""
+        if (settings, call.key) not in self._entries:
+            computed(call.tensors)  # now: what computes them may wait for a thread that waits to capture
         return find_or_make(
-            self._entries, (settings, call.key), make, module, self.options.max_captures, self.model_state.keep_only
+            self._entries,
+            settings,
+            call.key,
+            look=functools.partial(self._look, module, call),
+            make=functools.partial(self._make_entry, module, call),
+            keep_only=self.model_state.keep_only,
+            module=module,
+            limit=self.options.max_captures,
         )
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:

@@ -15,6 +15,8 @@ _version = attrgetter("_version")
 _STANDARD = tuple(torch.nn.Module().__dict__)
 """The attributes that every module has, and has first."""
 
+_END = (object(),)
+
 
 class Reading:
     """What was found where, in flat lists.
@@ -116,7 +118,8 @@ class Reading:
 
     def _same_attributes(self) -> bool:
         found = map(dict.values, map(_attributes, self.objects))
-        return all(map(is_, chain.from_iterable(map(islice, found, self._skipped, repeat(None))), self._own))
+        own = chain.from_iterable(map(islice, found, self._skipped, repeat(None)))
+        return all(map(is_, chain(own, _END), chain(self._own, _END)))  # not `all` of those that both have
 
     def _same_entirely(self) -> bool:
         found = [*map(_attributes, self.objects)]

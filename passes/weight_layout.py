@@ -110,8 +110,9 @@ class WeightLayout:
                 movable = [weight for weight in group if not self.has(weight) and _is_movable(weight, owners)]
                 alike = [weight for weight in movable if _kind(weight) == _kind(movable[0])]
                 if len(alike) > 1:
-                    self._groups.append(_Group(alike))
-                    self._groups[-1].put_together()
+                    made = _Group(alike)
+                    made.put_together()  # may find no memory: then there is no such group
+                    self._groups.append(made)
             self._number()
 
     def has(self, weight: torch.Tensor) -> bool:

@@ -407,6 +407,46 @@ def test_a_function_is_asked_once_a_step_however_many_calls_a_step_has(unet: Com
     assert asked == [1, 2, 3]
 
 
+class Adapted(CompVisUNet):
+    """With a setting, and a weight that is used under that setting alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+        self.shift = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, x, timesteps, context):  # type: ignore[no-untyped-def]
+        out = super().forward(x, timesteps, context)
+        return out + self.shift if self.factor == 1.0 else out * self.factor
+
+
+def at(model: torch.nn.Module, step: int, batch: int) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(INPUTS["x"][:batch], TIMESTEPS[step].expand(batch), INPUTS["context"][:batch])
+    return result
+
+
+def test_what_is_captured_within_a_run_goes_by_the_settings_of_that_moment() -> None:
+    model, plain = Adapted(), Adapted()
+    deepcache_fx.optimize(model, **TO_THE_BIT)
+    at(model, 0, 2)
+    model.factor = plain.factor = 0.5
+    assert torch.equal(at(model, 1, 1), at(plain, 1, 1))  # the batch has changed as well
+    assert report(model).captures == 2
+    model.factor = plain.factor = 1.0
+    assert torch.equal(at(model, 0, 1), at(plain, 0, 1))
+
+
+def test_a_weight_that_goes_with_a_setting_within_a_run_is_no_error() -> None:
+    model, plain = Adapted(), Adapted()
+    deepcache_fx.optimize(model, **TO_THE_BIT)
+    at(model, 0, 2)
+    model.factor = plain.factor = 0.5
+    model.shift.data = torch.ones(7)  # fits nothing: an adapter of another rank
+    assert torch.equal(at(model, 1, 2), at(plain, 1, 2))
+    assert report(model).last_run == "FF"
+
+
 def test_inputs_that_cannot_be_part_of_a_key_run_uncached(unet: CompVisUNet) -> None:
     class Wrapper(CompVisUNet):
         def forward(self, x, timesteps, context, extra=None):  # type: ignore[no-untyped-def]
