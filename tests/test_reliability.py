@@ -26,7 +26,7 @@ from DeepCache import DeepCacheSDHelper
 from diffusers.models.attention_processor import AttnProcessor
 
 import deepcache_fx
-from deepcache_fx import DeepCacheError, cuda_graphs, runtime
+from deepcache_fx import DeepCacheError, assemble, cuda_graphs
 from deepcache_fx.attach import runtime_of
 from tests import models, pipelines, small
 from tests.compvis import CompVisUNet, denoise
@@ -749,7 +749,7 @@ def broken(*args: Any, **kwargs: Any) -> Any:
 STAGES: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "capture": lambda patch: patch.setattr(torch.export, "export", broken) or {},
     "pass": lambda patch: {"passes": [broken]},
-    "split": lambda patch: patch.setattr(runtime, "split", broken) or {},
+    "split": lambda patch: patch.setattr(assemble, "split", broken) or {},
     "compile": lambda patch: {"backend": broken},
 }
 
