@@ -88,7 +88,7 @@ def count_work(subject: Subject, branch: int, rates: Rates) -> Work:
     captured = capture(unet, reader.read(unet, (), subject.example_call()), reader)
     connection = pick_branch(find_skip_connections(captured.graph.graph), branch, type(unet).__name__)
     variants = split(captured, connection)
-    full, shallow = (contractions(_with_values(graph)) for graph in (variants.full.step, variants.shallow.step))
+    full, shallow = (contractions(_with_values(graph)) for graph in (variants.full.step, variants.cuts[0].shallow.step))
     return Work(
         macs_full=sum(item.macs for item in full),
         macs_shallow=sum(item.macs for item in shallow),

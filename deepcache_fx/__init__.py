@@ -19,6 +19,7 @@ from deepcache_fx.plan import BranchPlan as BranchPlan
 from deepcache_fx.plan import Plan as Plan
 from deepcache_fx.plan import plan as plan
 from deepcache_fx.report import Report as Report
+from deepcache_fx.schedule import Nested as Nested
 from deepcache_fx.schedule import Power as Power
 from deepcache_fx.schedule import Schedule as Schedule
 from deepcache_fx.schedule import Steps as Steps

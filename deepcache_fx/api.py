@@ -10,8 +10,9 @@ import torch
 
 from deepcache_fx.assemble import check_disabled
 from deepcache_fx.attach import attach, check_attachable, detach, original_class, runtime_of
+from deepcache_fx.branch import Branch
 from deepcache_fx.calibrated import Calibrated
-from deepcache_fx.config import Branch, Options
+from deepcache_fx.config import Options
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.follow import PipelineWatch, bring_back
 from deepcache_fx.report import Report
@@ -50,8 +51,9 @@ def optimize(
         interval: 1:N caching: the whole UNet runs at every N-th denoising step. 1 caches nothing.
         branch: The skip connection to cut at: its number from the output (0 is the shallowest: fastest), or the
             published (block, layer).
-        schedule: Replaces `interval`: `Uniform(n)`, `Power(n, power, center)`, `Steps([...])`, or a function of the
-            step (and, if it takes two arguments, the number of steps) that is true where the step is full.
+        schedule: Replaces `interval`: `Uniform(n)`, `Power(n, power, center)`, `Steps([...])`, `Window(start, end,
+            inner)`, `Nested(inner, deeper)`, or a function of the step (and, if it takes two arguments, the number of
+            steps) that is true where the step is full.
         passes: Extra graph passes, applied in order to the captured graph before the split.
         disable: Default passes to leave out, by name; "all" keeps the captured graph as it is.
         backend: "auto" (Inductor on CUDA, else eager), "eager", or any torch.compile backend.

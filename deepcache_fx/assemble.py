@@ -9,17 +9,17 @@ from itertools import chain
 import torch
 from torch import fx
 
+from deepcache_fx.branch import Branch
 from deepcache_fx.capture import Captured
 from deepcache_fx.compile import compile_variant, pick_backend
 from deepcache_fx.config import Options
 from deepcache_fx.cuda_graphs import RECORDERS, Recorder
 from deepcache_fx.errors import DeepCacheError
-from deepcache_fx.macs import total_macs
 from deepcache_fx.only import Only
-from deepcache_fx.programs import Called, Programs, PromptStage
+from deepcache_fx.programs import Called, Programs, PromptStage, ShallowProgram
 from deepcache_fx.recorded import Recorded
 from deepcache_fx.signature import Call
-from deepcache_fx.skips import find_skip_connections, pick_branch
+from deepcache_fx.skips import find_skip_connections, pick_branches
 from deepcache_fx.split import RATES, Variant, Variants, split
 from passes import (
     Canonicalize,
@@ -51,6 +51,8 @@ class Entry:
 
     captured: Captured
     variants: Variants
+    cuts: Mapping[Branch | None, int]
+    """Which cut the schedule means by a branch; None is that of `optimize`."""
     prompts: Mapping[str, PromptStage]
     """By variant, where it has such a stage."""
     programs: Programs
@@ -58,6 +60,10 @@ class Entry:
     inputs: str
     seconds: float = 0.0
     """Of all that made it, the capture included."""
+
+    def __post_init__(self) -> None:
+        self.names = tuple(self.variants.named())[1:]
+        """Of the shallow variants, by cut."""
 
     def release(self) -> None:
         """Give recorded graphs back."""
@@ -89,14 +95,17 @@ def assemble(
         DeepCacheError: a pass failed, there is no such branch, or the backend is unknown.
     """
     captured, records = apply_passes(captured, options)
-    branch = pick_branch(find_skip_connections(captured.graph.graph), options.branch, name)
+    skips = find_skip_connections(captured.graph.graph)
+    branches = pick_branches(skips, options.branch, options.schedule.branches, name)
     rates = [name for name in RATES if options.uses(name)]
-    variants = split(captured, branch, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.forecast)
+    chosen = list(dict.fromkeys(branches.values()))
+    variants = split(captured, chosen, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.forecast)
     variants, more, joined = finish(variants, options, weights)
-    prompts = {"full": prompt_stage(variants.full), "shallow": prompt_stage(variants.shallow)}
+    prompts = {name: prompt_stage(variant) for name, variant in variants.named().items()}
     return Entry(
         captured,
         variants,
+        {branch: chosen.index(found) for branch, found in branches.items()},
         {name: stage for name, stage in prompts.items() if stage is not None},
         _programs(variants, joined, call, options, recorders),
         (*records, *more),
@@ -147,7 +156,7 @@ def finish(
     Raises:
         DeepCacheError: a pass failed (named).
     """
-    steps = {"full": variants.full.step, "shallow": variants.shallow.step}
+    steps = {name: variant.step for name, variant in variants.named().items()}
     records: dict[str, list[PassRecord]] = {name: [] for name in steps}
 
     def run(name: str, passes: Sequence[Pass]) -> None:
@@ -158,21 +167,18 @@ def finish(
         records[name] += [replace(record, name=f"{record.name} ({name})") for record in more]
 
     for name in steps:
-        run(name, [item.item for item in options.passes if isinstance(item, Only) and item.variant == name])
+        kind = "full" if name == "full" else "shallow"
+        run(name, [item.item for item in options.passes if isinstance(item, Only) and item.variant == kind])
     if weights is not None and options.uses("fuse_linears") and not weights.in_use:
-        # The few of the shallow step first: then those lie together for both.
-        groups = [*sibling_parameters(steps["shallow"]), *sibling_parameters(steps["full"])]
+        # The few of the shallowest step first: then those lie together for all.
+        groups = [group for name in [*list(steps)[1:], "full"] for group in sibling_parameters(steps[name])]
         weights.layout.lay_out(groups, within=weights.model)
     last = {name: last_passes(weights.layout if weights is not None else None) for name in steps}
     for name in steps:
         run(name, [item for item in last[name] if options.uses(pass_name(item))])
-    finished = {
-        name: replace(variant, step=steps[name], macs=total_macs(steps[name].graph.nodes))
-        for name, variant in (("full", variants.full), ("shallow", variants.shallow))
-    }
     return (
-        replace(variants, full=finished["full"], shallow=finished["shallow"]),
-        (*records["full"], *records["shallow"]),
+        variants.with_steps(steps),
+        tuple(chain.from_iterable(records.values())),
         {name: fuse.joined for name, (fuse, _) in last.items()},
     )
 
@@ -193,11 +199,14 @@ def _programs(
 ) -> Programs:
     device = call.sample.device
     why_not = why_not_recorded(options, call)
-    steps = {"full": variants.full.step, "shallow": variants.shallow.step}
-    programs = {name: bind(compile_variant(step, options, device), joined[name]) for name, step in steps.items()}
+    steps = {name: variant.step for name, variant in variants.named().items()}
+    full, *shallow = [bind(compile_variant(step, options, device), joined[name]) for name, step in steps.items()]
     called = Called(
-        full_program=programs["full"],
-        shallow_program=programs["shallow"],
+        full_program=full,
+        cuts=tuple(
+            ShallowProgram(name, program, len(cut.cache), cut.refreshed)
+            for name, program, cut in zip(list(steps)[1:], shallow, variants.cuts, strict=True)
+        ),
         num_outputs=variants.num_outputs,
         order=options.forecast,
         why_not_recorded=why_not or "off",
@@ -208,7 +217,7 @@ def _programs(
         name: (*_weights(step), *chain.from_iterable(one.weights for one in joined[name]))
         for name, step in steps.items()
     }
-    return Recorded(called, _recorder(device, recorders), weights, variants.cache, device)
+    return Recorded(called, _recorder(device, recorders), weights, [cut.cache for cut in variants.cuts], device)
 
 
 def single_program(
@@ -221,10 +230,10 @@ def single_program(
     """A graph that caches nothing, compiled and recorded as `options` say. Only `full` of it is to be called."""
     program = compile_variant(step, options, device)
     outputs = step.graph.output_node().args[0]
-    called = Called(program, program, len(outputs), why_not_recorded=why_not or "off")  # type: ignore[arg-type]
+    called = Called(program, (), len(outputs), why_not_recorded=why_not or "off")  # type: ignore[arg-type]
     if why_not is not None:
         return called
-    return Recorded(called, _recorder(device, recorders), {"full": _weights(step), "shallow": ()}, (), device)
+    return Recorded(called, _recorder(device, recorders), {"full": _weights(step)}, (), device)
 
 
 def _recorder(device: torch.device, recorders: MutableMapping[torch.device, Recorder]) -> Recorder:

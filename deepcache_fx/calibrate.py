@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from deepcache_fx.branch import Branch
 from deepcache_fx.calibrated import Achieved, Calibrated
 from deepcache_fx.calibration_file import CalibrationFile, Evaluation
 from deepcache_fx.calibration_runs import METRICS, Job, Measured, Runs, argument_digest, left_as_found, weights_digest
-from deepcache_fx.config import Branch, Options
+from deepcache_fx.config import Options
 from deepcache_fx.errors import DeepCacheError, OptionError
 from deepcache_fx.files import check_writable
 from deepcache_fx.made_for import MadeFor

@@ -15,8 +15,8 @@ import torch
 
 from deepcache_fx.api import optimize, report, restore
 from deepcache_fx.attach import runtime_of
+from deepcache_fx.branch import Branch
 from deepcache_fx.comparison import UNetCalls
-from deepcache_fx.config import Branch
 from deepcache_fx.errors import DeepCacheError, OptionError
 from deepcache_fx.follow import bring_back
 from deepcache_fx.report import Report

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from deepcache_fx.config import Branch
+from deepcache_fx.branch import Branch
 from deepcache_fx.errors import DeepCacheError
 
 

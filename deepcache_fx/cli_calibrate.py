@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from deepcache_fx import files, loading
+from deepcache_fx.branch import Branch
 from deepcache_fx.calibrate import Progress as TrialProgress
 from deepcache_fx.calibrate import calibrate
 from deepcache_fx.calibrated import Calibrated
-from deepcache_fx.config import Branch
 from deepcache_fx.errors import DeepCacheError
 
 

@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from deepcache_fx import files, loading, picture
+from deepcache_fx.branch import Branch
 from deepcache_fx.compare import Comparison, compare
 from deepcache_fx.compare import Progress as StepProgress
 from deepcache_fx.comparison import describe_psnr, describe_ssim
-from deepcache_fx.config import Branch
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.schedule import Schedule
 

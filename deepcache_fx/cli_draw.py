@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from deepcache_fx import loading
+from deepcache_fx.branch import Branch
 from deepcache_fx.cli_plan import DTYPES, latent_pixels, read_model
-from deepcache_fx.config import Branch
 from deepcache_fx.draw import check_path, draw
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.example_inputs import example_inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,13 @@ class UNetCalls:
     """Calls that ran the model's own forward."""
     full_macs: int
     shallow_macs: int
+    """Of one call; the mean, where they begin at several skip connections."""
 
     @staticmethod
     def between(before: Report, after: Report) -> UNetCalls:
         """What happened between two reports. Of several signatures the one with the smallest shallow share counts."""
-        macs = [(s.full_macs, s.shallow_macs) for s in after.signatures if s.full_macs]
+        calls = Counter(after.calls_by_branch) - Counter(before.calls_by_branch)
+        macs = [(s.full_macs, s.mean_shallow_macs(calls)) for s in after.signatures if s.full_macs]
         full, shallow = min(macs, key=lambda pair: pair[1] / pair[0], default=(0, 0))
         return UNetCalls(
             full=after.full_calls - before.full_calls,

@@ -6,11 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from deepcache_fx.errors import BranchError, OptionError
+from deepcache_fx.branch import Branch, check_branch
+from deepcache_fx.errors import OptionError
 from deepcache_fx.schedule import Schedule, Uniform, as_schedule
-
-Branch = int | tuple[int, int]
-"""A skip connection: its number counted from the output, or the published (block, layer)."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,8 @@ class Options:
         return "all" not in self.disable and name not in self.disable
 
     def same_programs(self, other: Options) -> bool:
-        """True where the other options need the same captured and compiled programs: only the schedule differs."""
-        return replace(self, schedule=other.schedule) == other
+        """True where the other options need the same captured and compiled programs: only the steps differ."""
+        return replace(self, schedule=other.schedule) == other and self.schedule.branches == other.schedule.branches
 
     @staticmethod
     def make(
@@ -71,7 +69,7 @@ class Options:
                 raise OptionError(f"passes takes PassBase objects or functions of a GraphModule, got {item!r}")
         return Options(
             schedule=Uniform(interval) if schedule is None else as_schedule(schedule),
-            branch=_check_branch(branch),
+            branch=check_branch(branch),
             passes=tuple(passes),
             disable=(disable,) if isinstance(disable, str) else tuple(disable),
             backend=backend,
@@ -81,16 +79,3 @@ class Options:
             forecast=forecast,
             max_captures=max_captures,
         )
-
-
-def _check_branch(branch: object) -> Branch:
-    def natural(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-    if isinstance(branch, int) and natural(branch):
-        return branch
-    if isinstance(branch, Sequence) and len(branch) == 2 and all(map(natural, branch)):
-        return (branch[0], branch[1])
-    raise BranchError(
-        f"branch must be a number of at least 0 (0 is the shallowest skip connection) or (block, layer), got {branch!r}"
-    )

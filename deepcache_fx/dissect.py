@@ -22,7 +22,7 @@ def dissect(captured: Captured, skips: Sequence[SkipConnection], variants: Varia
     Args:
         captured: What was captured.
         skips: All of its skip connections, shallowest first.
-        variants: What it was split into.
+        variants: What it was split into, at one of them.
         sample: Which of the graph's inputs is the noisy sample.
 
     Example:
@@ -30,7 +30,8 @@ def dissect(captured: Captured, skips: Sequence[SkipConnection], variants: Varia
         >>> dissect(captured, skips, split(captured, skips[0], rates=RATES)).macs.step
     """
     graph = captured.graph.graph
-    branch = variants.branch
+    [cut] = variants.cuts
+    branch = cut.branch
     members = _members(graph, skips, graph.find_nodes(op="placeholder")[sample])
     cell_of = {node.name: key for key, nodes in members.items() for node in nodes}
     # What the split has put in the place of a layer after the concatenation belongs to the cell that reads it.
@@ -49,8 +50,8 @@ def dissect(captured: Captured, skips: Sequence[SkipConnection], variants: Varia
         ),
         shared=cells["shared"],
         branch=branch.index,
-        cost=variants.cost,
-        plain=variants.plain,
+        cost=cut.cost,
+        plain=cut.plain,
     )
 
 
@@ -103,7 +104,7 @@ def _macs_by_cell(variants: Variants, cell_of: Mapping[str, str], parted: str) -
 
     if variants.full.prompt is not None:
         count(variants.full.prompt.graph.nodes, (), True)
-    count(variants.full.step.graph.nodes, {node.name for node in variants.shallow.step.graph.nodes}, False)
+    count(variants.full.step.graph.nodes, {node.name for node in variants.cuts[0].shallow.step.graph.nodes}, False)
     return found
 
 

@@ -11,8 +11,9 @@ from deepcache_fx import files
 from deepcache_fx.anatomy import Anatomy
 from deepcache_fx.assemble import apply_passes
 from deepcache_fx.attach import original_class, runtime_of
+from deepcache_fx.branch import Branch
 from deepcache_fx.capture import capture
-from deepcache_fx.config import Branch, Options
+from deepcache_fx.config import Options
 from deepcache_fx.dissect import dissect
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.example_inputs import example_inputs as make_example_inputs

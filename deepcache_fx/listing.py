@@ -33,6 +33,7 @@ _DTYPES = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "bool": "b", "
 class Listings(Mapping[str, str]):
     """The graphs of one signature as text: "full", "shallow", and "full_prompt", "shallow_prompt" where there are such.
 
+    A schedule's deeper cuts have theirs: "shallow_3" at branch 3.
     Written when asked for. The graphs, and the weights they hold, are not kept alive by this.
 
     Raises:
@@ -44,7 +45,7 @@ class Listings(Mapping[str, str]):
 
     def __init__(self, variants: Variants) -> None:
         self._variants = weakref.ref(variants)
-        parts = {"full": variants.full, "shallow": variants.shallow}
+        parts = variants.named()
         self._names = (*parts, *(f"{name}_prompt" for name, part in parts.items() if part.prompt is not None))
 
     def __getitem__(self, name: str) -> str:
@@ -53,7 +54,7 @@ class Listings(Mapping[str, str]):
         variants = self._variants()
         if variants is None:
             raise DeepCacheError("the graphs of this report have been dropped: take a new report() of the model")
-        variant = variants.full if name.startswith("full") else variants.shallow
+        variant = variants.named()[name.removesuffix("_prompt")]
         module = variant.prompt if name.endswith("_prompt") else variant.step
         assert module is not None
         return listing(module, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -16,17 +17,21 @@ from deepcache_fx.forecast import coefficients, weights_on
 Values = tuple[torch.Tensor, ...]
 
 
-class DeepFeature:
-    """The cached values of one UNet call at its last refreshes.
+History = tuple[Values, ...]
+"""The cached values of one cut at its last refreshes, newest first: as many as its shallow step reads."""
 
-    `steps` are those of the refreshes, newest first. `values` are as many tuples, again with the oldest repeated to
-    make up the number that a forecast reads; None while they live in static buffers that several calls share (see
-    `recorded.Recorded`).
+
+class DeepFeature:
+    """What is cached of one UNet call, for every cut.
+
+    `steps` are those of the refreshes of each cut, newest first. `values` are as many histories, the oldest values
+    repeated where there have been too few refreshes; None while they live in static buffers that several calls share
+    (see `recorded.Recorded`).
     """
 
     __slots__ = ("__weakref__", "steps", "values")
 
-    def __init__(self, steps: tuple[int, ...], values: tuple[Values, ...] | None) -> None:
+    def __init__(self, steps: tuple[tuple[int, ...], ...], values: tuple[History, ...] | None) -> None:
         self.steps = steps
         self.values = values
 
@@ -95,9 +100,12 @@ class Programs(Protocol):
         """
 
     def shallow(
-        self, step: int, tensors: Sequence[torch.Tensor], feature: DeepFeature, prompt: Values = ()
+        self, step: int, tensors: Sequence[torch.Tensor], feature: DeepFeature, prompt: Values = (), cut: int = 0
     ) -> Sequence[Any]:
-        """A shallow step upon a deep feature of an earlier full step of these same programs."""
+        """A shallow step upon a deep feature of an earlier full step of these same programs.
+
+        The program of a deeper cut may refresh the cuts above it in the feature.
+        """
 
     def cuda_graphs(self) -> str:
         """Whether CUDA graphs are in use, or why not."""
@@ -107,11 +115,23 @@ class Programs(Protocol):
 
 
 @dataclass(frozen=True)
+class ShallowProgram:
+    """The program of a cut: (*inputs, *cache, *prompt values) to (*outputs, *caches of the `refreshed` cuts)."""
+
+    name: str
+    program: Program
+    size: int
+    """How many values one refresh of its cache has."""
+    refreshed: int = 0
+    """How many of the cuts above it are refreshed, from the shallowest."""
+
+
+@dataclass(frozen=True)
 class Called:
     """Programs that are called as they are."""
 
     full_program: Program
-    shallow_program: Program
+    cuts: tuple[ShallowProgram, ...]
     num_outputs: int
     order: int = 0
     """Of the forecast."""
@@ -122,24 +142,48 @@ class Called:
         self, step: int, tensors: Sequence[torch.Tensor], prompt: Values = (), before: DeepFeature | None = None
     ) -> tuple[Sequence[Any], DeepFeature]:
         leaves = self._call("full", self.full_program, (*tensors, *prompt))
-        new = tuple(leaves[self.num_outputs :])
-        older: tuple[Values, ...] = (new,)
-        steps: tuple[int, ...] = (step,)
-        if before is not None and self.order:
-            assert before.values is not None, "this deep feature lives in other programs' buffers"
-            older, steps = before.values, (step, *before.steps)
-        return leaves[: self.num_outputs], DeepFeature(
-            steps[: self.order + 1], (new, *older, *[older[-1]] * self.order)[: self.order + 1]
-        )
+        outputs, count = leaves[: self.num_outputs], len(self.cuts)
+        if before is None or not self.order:
+            histories = tuple(((values,) * (self.order + 1)) for values in self.parts(leaves, count))
+            return outputs, DeepFeature(self.first_refresh(step), histories)
+        self.note_refreshes(before, step, count)
+        self._push(before, leaves, count)
+        return outputs, before
 
     def shallow(
-        self, step: int, tensors: Sequence[torch.Tensor], feature: DeepFeature, prompt: Values = ()
+        self, step: int, tensors: Sequence[torch.Tensor], feature: DeepFeature, prompt: Values = (), cut: int = 0
     ) -> Sequence[Any]:
         assert feature.values is not None, "this deep feature lives in other programs' buffers"
-        cached = [value for values in feature.values for value in values]
+        shallow = self.cuts[cut]
+        cached = [value for values in feature.values[cut] for value in values]
         if self.order:
-            cached.append(weights_on(cached[0].device, coefficients(step, feature.steps, self.order)))
-        return self._call("shallow", self.shallow_program, (*tensors, *cached, *prompt))
+            cached.append(weights_on(cached[0].device, coefficients(step, feature.steps[cut], self.order)))
+        leaves = self._call(shallow.name, shallow.program, (*tensors, *cached, *prompt))
+        if not shallow.refreshed:
+            return leaves
+        self.note_refreshes(feature, step, shallow.refreshed)
+        self._push(feature, leaves, shallow.refreshed)
+        return leaves[: self.num_outputs]
+
+    def first_refresh(self, step: int) -> tuple[tuple[int, ...], ...]:
+        """The refreshes of all cuts where there has been no full step before this one."""
+        return ((step,),) * len(self.cuts)
+
+    def note_refreshes(self, feature: DeepFeature, step: int, count: int) -> None:
+        """The first `count` cuts are refreshed at this step."""
+        known = feature.steps
+        feature.steps = (*[(step, *steps)[: self.order + 1] for steps in known[:count]], *known[count:])
+
+    def parts(self, leaves: Sequence[Any], count: int) -> list[Values]:
+        """What a program returned behind its outputs, for each of the first `count` cuts."""
+        rest = iter(leaves[self.num_outputs :])
+        return [tuple(islice(rest, shallow.size)) for shallow in self.cuts[:count]]
+
+    def _push(self, feature: DeepFeature, leaves: Sequence[Any], count: int) -> None:
+        known = feature.values
+        assert known is not None, "this deep feature lives in other programs' buffers"
+        new = zip(self.parts(leaves, count), known, strict=False)
+        feature.values = (*[(values, *older)[: self.order + 1] for values, older in new], *known[count:])
 
     def _call(self, name: str, program: Program, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
         if name in self.first_call_seconds:

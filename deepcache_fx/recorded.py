@@ -1,4 +1,4 @@
-"""Record the two programs of a signature as CUDA graphs, by hand: a step is then a few copies and one launch.
+"""Record the programs of a signature as CUDA graphs, by hand: a step is then a few copies and one launch.
 
     inputs, prompt values --copy--> buffers --[full graph]-----> outputs --clone--> caller
                                                  |
@@ -12,6 +12,7 @@ The contract:
   outputs lie in one pool, shared by all graphs of a device: no two are replayed at once, and nothing in the pool
   outlives a replay, for outputs are cloned right after it.
 - An input that is the same unchanged object as in the last call (a pipeline's prompt embeddings) is not copied again.
+- Every cut has cache buffers of its own; a recorded step of a deeper cut may write those of the cuts above it.
 - The cache buffers belong to one deep feature at a time. Another thread, or another UNet call of the same step, first
   moves that one out to memory of its own.
 - A graph holds raw addresses of weights. They are compared before every replay, and the graph is recorded anew when
@@ -25,9 +26,10 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ import torch
 from deepcache_fx.capture import CAPTURE_LOCK
 from deepcache_fx.cuda_graphs import Recorder, Recording, RecordingError, Run, first_line
 from deepcache_fx.forecast import coefficients
-from deepcache_fx.programs import Called, DeepFeature, Values
+from deepcache_fx.programs import Called, DeepFeature, History, Values
 
 
 class _Input:
@@ -95,8 +97,8 @@ class Recorded:
     Args:
         called: The same programs, to be recorded, and called where they cannot be.
         recorder: Shared by all signatures of a device.
-        weights: For "full" and "shallow", the parameters and buffers that the variant reads.
-        cache: Tensors (fake ones will do) like the values that a full step leaves.
+        weights: For every variant, by name, the parameters and buffers that it reads.
+        cache: For every cut, tensors (fake ones will do) like the values that a full step leaves.
         device: Where everything lies.
     """
 
@@ -105,22 +107,24 @@ class Recorded:
         called: Called,
         recorder: Recorder,
         weights: Mapping[str, Iterable[torch.Tensor]],
-        cache: Sequence[torch.Tensor],
+        cache: Sequence[Sequence[torch.Tensor]],
         device: torch.device,
     ) -> None:
         self._called = called
         self._recorder = recorder
         self._weights = {name: tuple(tensors) for name, tensors in weights.items()}
         self._cache_like, self._device = tuple(cache), device
-        self._runs: dict[str, Run] = {"full": self._run_full, "shallow": self._run_shallow}
+        self._runs: dict[str, Run] = {"full": self._run_full}
+        self._runs |= {shallow.name: partial(self._run_shallow, cut) for cut, shallow in enumerate(called.cuts)}
         self._graphs: dict[str, _Graph] = {}
         self._inputs: tuple[_Input, ...] = ()
         self._prompts: dict[str, _Prompt] = {}
         self._forecast: Values = ()
-        """Of the refreshes, where the shallow step forecasts."""
-        self._weighed: tuple[float, ...] = ()
-        self._cache: tuple[Values, ...] = ()
-        """Newest first, as many as a shallow step reads."""
+        """Of every cut, the weights of its refreshes, where the shallow step forecasts."""
+        self._weighed: dict[int, tuple[float, ...]] = {}
+        """By cut, the weights that were written last."""
+        self._cache: tuple[History, ...] = ()
+        """Of every cut."""
         self._resident: Callable[[], DeepFeature | None] = _nobody
         self._failure: str | None = None
         self._moves = 0
@@ -144,24 +148,31 @@ class Recorded:
             else:
                 self._move_in(before)
             recording.replay()
-            if before is None:
-                for older in self._cache[1:]:  # else they would hold another feature's values: zero times NaN is NaN
-                    _copy(self._cache[0], older)
-            feature = DeepFeature((step, *(before.steps if before is not None else ()))[: order + 1], None)
+            if before is not None:
+                self._called.note_refreshes(before, step, len(self._cache))
+                return _cloned(recording.outputs), before
+            for newest, *older in self._cache:
+                for values in older:  # else they would hold another feature's values: zero times NaN is NaN
+                    _copy(newest, values)
+            feature = DeepFeature(self._called.first_refresh(step), None)
             self._resident = weakref.ref(feature)
             return _cloned(recording.outputs), feature
 
     def shallow(
-        self, step: int, tensors: Sequence[torch.Tensor], feature: DeepFeature, prompt: Values = ()
+        self, step: int, tensors: Sequence[torch.Tensor], feature: DeepFeature, prompt: Values = (), cut: int = 0
     ) -> Sequence[Any]:
+        name = self._called.cuts[cut].name
         with self._recorder.lock:
-            recording = self._recording("shallow") if self._begin("shallow", tensors, prompt) else None
+            recording = self._recording(name) if self._begin(name, tensors, prompt) else None
             if recording is None:
                 self._give_memory(feature)
-                return self._called.shallow(step, tensors, feature, prompt)
+                return self._called.shallow(step, tensors, feature, prompt, cut)
             self._move_in(feature)
-            self._weigh(step, feature)
+            self._weigh(step, feature, cut)
             recording.replay()
+            refreshed = self._called.cuts[cut].refreshed
+            if refreshed:
+                self._called.note_refreshes(feature, step, refreshed)
             return _cloned(recording.outputs)
 
     def cuda_graphs(self) -> str:
@@ -179,15 +190,23 @@ class Recorded:
 
     def _run_full(self) -> Sequence[Any]:
         leaves = self._called.full_program(*_buffers(self._inputs), *self._prompts["full"].buffers())
-        for newer, older in reversed(list(pairwise(self._cache))):
-            _copy(newer, older)
-        _copy(leaves[self._called.num_outputs :], self._cache[0])
-        return leaves[: self._called.num_outputs]
+        return self._keep(leaves, len(self._cache))
 
-    def _run_shallow(self) -> Sequence[Any]:
-        cached = [buffer for buffers in self._cache for buffer in buffers]
-        prompt = self._prompts["shallow"].buffers()
-        return self._called.shallow_program(*_buffers(self._inputs), *cached, *self._forecast, *prompt)
+    def _run_shallow(self, cut: int) -> Sequence[Any]:
+        shallow = self._called.cuts[cut]
+        cached = [buffer for buffers in self._cache[cut] for buffer in buffers]
+        weights = self._forecast[cut : cut + 1]
+        prompt = self._prompts[shallow.name].buffers()
+        leaves = shallow.program(*_buffers(self._inputs), *cached, *weights, *prompt)
+        return self._keep(leaves, shallow.refreshed)
+
+    def _keep(self, leaves: Sequence[Any], count: int) -> Sequence[Any]:
+        """Write what a program returned for the first `count` cuts to their buffers; returns its outputs."""
+        for history, values in zip(self._cache, self._called.parts(leaves, count), strict=False):
+            for newer, older in reversed(list(pairwise(history))):
+                _copy(newer, older)
+            _copy(values, history[0])
+        return leaves[: self._called.num_outputs]
 
     def _begin(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> bool:
         """Fill the buffers of a variant's inputs. False where the programs have to be called."""
@@ -211,13 +230,15 @@ class Recorded:
         with torch.inference_mode(False):  # else no later call outside of it could write them
             self._inputs = self._inputs or tuple(map(_Input, tensors))
             if self._called.order and not self._forecast:
-                self._forecast = (torch.zeros(self._called.order + 1, device=self._device),)
+                self._forecast = tuple(
+                    torch.zeros(self._called.order + 1, device=self._device) for _ in self._cache_like
+                )
             self._cache = self._cache or tuple(
                 tuple(
-                    torch.empty_strided(c.shape, c.stride(), dtype=c.dtype, device=self._device)
-                    for c in self._cache_like
+                    tuple(torch.empty_strided(c.shape, c.stride(), dtype=c.dtype, device=self._device) for c in like)
+                    for _ in range(self._called.order + 1)
                 )
-                for _ in range(self._called.order + 1)
+                for like in self._cache_like
             )
             values = _Prompt(prompt)
         for item, tensor in zip(self._inputs, tensors, strict=True):
@@ -234,7 +255,7 @@ class Recorded:
                 return graph.recording
             self._moves += 1
             self._drop(name)
-        if name == "full":
+        if name == "full" or any(shallow.refreshed for shallow in self._called.cuts if shallow.name == name):
             self._move_out()  # running the program writes the cache buffers
         try:
             with CAPTURE_LOCK:  # the warm-up compiles
@@ -245,21 +266,22 @@ class Recorded:
             self._failure = f"{name} step: {error}"
             self._inputs = ()
             self._forecast = ()
-            self._weighed = ()
+            self._weighed.clear()
             self._prompts.clear()
             self.release()
             return None
         self._graphs[name] = _Graph(recording, addresses)
         return recording
 
-    def _weigh(self, step: int, feature: DeepFeature) -> None:
-        """Set the weights of the refreshes, by launches that nothing waits for."""
-        for weights in self._forecast:
-            values = coefficients(step, feature.steps, self._called.order)
-            if values != self._weighed:
-                for index, value in enumerate(values):
-                    weights[index].fill_(value)
-                self._weighed = values
+    def _weigh(self, step: int, feature: DeepFeature, cut: int) -> None:
+        """Set the weights of a cut's refreshes, by launches that nothing waits for."""
+        if not self._forecast:
+            return
+        values = coefficients(step, feature.steps[cut], self._called.order)
+        if values != self._weighed.get(cut):
+            for index, value in enumerate(values):
+                self._forecast[cut][index].fill_(value)
+            self._weighed[cut] = values
 
     def _drop(self, name: str) -> None:
         self._recorder.finish()
@@ -271,17 +293,19 @@ class Recorded:
         """Give the deep feature in the buffers, if it is still wanted, memory of its own."""
         resident = self._resident()
         if resident is not None:
-            resident.values = tuple(tuple(buffer.clone() for buffer in buffers) for buffers in self._cache)
+            resident.values = tuple(
+                tuple(tuple(buffer.clone() for buffer in buffers) for buffers in history) for history in self._cache
+            )
         self._resident = _nobody
 
     def _move_in(self, feature: DeepFeature) -> None:
         """Let the buffers hold a deep feature, if they do not yet."""
         if feature.values is not None:
             self._move_out()
-            for buffers, values in zip(self._cache, feature.values, strict=True):
-                _copy(values, buffers)
-                for value in values:
-                    self._recorder.keep(value)
+            targets = chain.from_iterable(chain.from_iterable(self._cache))
+            for value, target in zip(_all_values(feature), targets, strict=True):
+                target.copy_(value)
+                self._recorder.keep(value)
             feature.values = None
             self._resident = weakref.ref(feature)
         assert self._resident() is feature
@@ -292,9 +316,12 @@ class Recorded:
             return
         if feature.values is None:
             self._move_out()
-        for values in feature.values or ():
-            for value in values:
-                self._recorder.keep(value)
+        for value in _all_values(feature):
+            self._recorder.keep(value)
+
+
+def _all_values(feature: DeepFeature) -> Iterator[torch.Tensor]:
+    return chain.from_iterable(chain.from_iterable(feature.values or ()))
 
 
 def _nobody() -> None:

@@ -11,21 +11,42 @@ from passes import PassRecord
 
 
 @dataclass(frozen=True)
+class CutReport:
+    """A skip connection that shallow steps begin at."""
+
+    branch: int
+    block: int
+    layer: int
+    shallow_macs: int
+    cache_bytes: int
+    """Of one refresh."""
+    plain_shallow_macs: int
+    plain_cache_bytes: int
+    """What the shallow step would compute and read, were the deep feature cached as it is."""
+
+    def line(self, full_macs: int) -> str:
+        """For a reader."""
+        share = self.shallow_macs / full_macs if full_macs else 1.0
+        text = (
+            f"branch {self.branch} (block {self.block}, layer {self.layer}): shallow {self.shallow_macs / 1e9:.3g} "
+            f"GMAC ({share:.1%}), cache {self.cache_bytes / 2**20:.2f} MiB"
+        )
+        if (self.shallow_macs, self.cache_bytes) == (self.plain_shallow_macs, self.plain_cache_bytes):
+            return text
+        plain = f"{self.plain_shallow_macs / 1e9:.3g} GMAC and {self.plain_cache_bytes / 2**20:.2f} MiB"
+        return f"{text}; {plain} before the rates were separated"
+
+
+@dataclass(frozen=True)
 class CaptureReport:
     """One captured signature."""
 
     inputs: str
-    branch: int
-    block: int
-    layer: int
     full_macs: int
-    shallow_macs: int
     prompt_macs: int
-    """Computed once per prompt, for both."""
-    cache_bytes: int
-    plain_shallow_macs: int
-    plain_cache_bytes: int
-    """What the shallow step would compute and read, were the deep feature cached as it is."""
+    """Computed once per prompt, for all variants."""
+    cuts: tuple[CutReport, ...]
+    """From the shallowest; most schedules have one."""
     capture_seconds: float
     """Capture, passes and split; compilation happens at the first calls."""
     passes: tuple[PassRecord, ...]
@@ -35,6 +56,29 @@ class CaptureReport:
     """Whether its steps are replays of recorded CUDA graphs, or why not."""
     graphs: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Its variants as readable Python, written when asked for (see `listing`)."""
+
+    @property
+    def branch(self) -> int:
+        """Of the shallowest cut."""
+        return self.cuts[0].branch
+
+    @property
+    def shallow_macs(self) -> int:
+        """Of the shallowest cut."""
+        return self.cuts[0].shallow_macs
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of one refresh of all cuts."""
+        return sum(cut.cache_bytes for cut in self.cuts)
+
+    def mean_shallow_macs(self, calls_by_branch: Mapping[int, int]) -> int:
+        """Of so many shallow calls by branch; of the shallowest cut where there are none."""
+        macs = {cut.branch: cut.shallow_macs for cut in self.cuts}
+        calls = {branch: count for branch, count in calls_by_branch.items() if branch in macs and count}
+        if not calls:
+            return self.shallow_macs
+        return round(sum(macs[branch] * count for branch, count in calls.items()) / sum(calls.values()))
 
 
 @dataclass(frozen=True)
@@ -130,7 +174,9 @@ class Report:
     timestep_syncs: int
     """Steps at which the timestep's value had to be read back from a device."""
     last_run: str
-    """The last run of this thread, a letter a UNet call: F full, s shallow."""
+    """The last run of this thread, a letter a UNet call: F full, s shallow, t, u, ... at deeper cuts."""
+    calls_by_branch: dict[int, int] = field(default_factory=dict)
+    """Of the shallow calls."""
     signatures: tuple[CaptureReport, ...] = ()
     companions: tuple[CompanionReport, ...] = ()
     """The ControlNets of the pipelines that were optimised."""
@@ -181,19 +227,15 @@ class Report:
             lines.append(
                 f"  timestep read back from the device {self.timestep_syncs} times: pass the pipeline to optimize"
             )
+        if len(self.calls_by_branch) > 1:
+            parts = (f"{count} at branch {branch}" for branch, count in self.calls_by_branch.items())
+            lines.append(f"  shallow calls: {', '.join(parts)}")
         for item in self.signatures:
-            share = item.shallow_macs / item.full_macs if item.full_macs else 1.0
             lines.append(
-                f"  captured {item.inputs} in {item.capture_seconds:.1f} s: branch {item.branch} "
-                f"(block {item.block}, layer {item.layer}), {item.full_macs / 1e9:.3g} -> "
-                f"{item.shallow_macs / 1e9:.3g} GMAC ({share:.1%}), cache {item.cache_bytes / 2**20:.2f} MiB"
+                f"  captured {item.inputs} in {item.capture_seconds:.1f} s: full {item.full_macs / 1e9:.3g} GMAC, "
+                f"{item.prompt_macs / 1e9:.3g} once per prompt"
             )
-            if (item.shallow_macs, item.cache_bytes) != (item.plain_shallow_macs, item.plain_cache_bytes):
-                lines.append(
-                    f"    by rate: shallow {item.plain_shallow_macs / 1e9:.3g} -> {item.shallow_macs / 1e9:.3g} GMAC, "
-                    f"cache {item.plain_cache_bytes / 2**20:.2f} -> {item.cache_bytes / 2**20:.2f} MiB, "
-                    f"{item.prompt_macs / 1e9:.3g} GMAC once per prompt"
-                )
+            lines += [f"    {cut.line(item.full_macs)}" for cut in item.cuts]
             lines += [f"    {record}" for record in item.passes]
             for name, seconds in item.first_call_seconds.items():
                 lines.append(f"    first {name} call: {seconds:.2f} s")
@@ -211,5 +253,7 @@ class Counts:
     full: int = 0
     shallow: int = 0
     syncs: int = 0
+    by_cut: Counter[int] = field(default_factory=Counter)
+    """Shallow calls by the number of the skip connection."""
     forced: Counter[str] = field(default_factory=Counter)
     original: Counter[str] = field(default_factory=Counter)

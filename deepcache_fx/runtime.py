@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from deepcache_fx.assemble import Entry, ToLayOut, assemble
+from deepcache_fx.branch import Branch
 from deepcache_fx.capture import capture, refuse_layerwise_offload
 from deepcache_fx.captures import find_or_make
 from deepcache_fx.compile import pick_backend
@@ -26,7 +27,7 @@ from deepcache_fx.listing import Listings
 from deepcache_fx.model_state import ModelState
 from deepcache_fx.pairing import Coming, Expectation, Handed, Pairing, pair
 from deepcache_fx.programs import DeepFeature, PromptValues, Values
-from deepcache_fx.report import CaptureReport, CompanionReport, Counts, Report
+from deepcache_fx.report import CaptureReport, CompanionReport, Counts, CutReport, Report
 from deepcache_fx.signature import Call, CallReader, UnsupportedInput
 from deepcache_fx.steps import StepTracker, Tick, position_of, value_position
 
@@ -38,8 +39,8 @@ class Slot:
     entry: Entry
     feature: DeepFeature
     refreshed: int
-    pairing: Pairing | None = None
-    """With the ControlNet that runs before it."""
+    pairings: Sequence[Pairing | None] = ()
+    """For each cut, how the ControlNet that runs before it feeds its shallow steps."""
 
 
 class Watch(Protocol):
@@ -53,6 +54,9 @@ class Watch(Protocol):
 
     def report(self) -> CompanionReport | None: ...
 
+
+SHALLOW_LETTERS = "stuvwxyz"
+"""By cut, what a shallow step is written as in `Report.last_run`."""
 
 _CHANGED = "inputs or settings changed within a run"
 
@@ -68,7 +72,7 @@ class ThreadState(threading.local):
         self.refreshed = 0
         self.prompts: dict[tuple[str, int], PromptValues] = {}
         self.trace: list[str] = []
-        self.answer: tuple[int, int | None, bool] | None = None
+        self.answer: tuple[int, int | None, tuple[bool, Branch | None]] | None = None
         self.settings: Hashable = None
         self.expected = Expectation()
         self.last_heard = 0
@@ -158,9 +162,12 @@ class Runtime:
         number = state.expected.next_call(run, tick.step)
         coming = Coming(run, tick.new_run, number, is_told)
         slot = None if tick.new_run or not is_told else state.slots.get(number)
-        if slot is None or self._is_stale(state, slot) or self._is_full(state, tick.step, tick.num_steps):
+        if slot is None or self._is_stale(state, slot):
             return coming
-        return replace(coming, is_shallow=True, pairing=slot.pairing)
+        is_full, branch = self._kind(state, tick.step, tick.num_steps)
+        if is_full:
+            return coming
+        return replace(coming, is_shallow=True, pairing=slot.pairings[slot.entry.cuts[branch]])
 
     def hand(self, call: int, handed: Handed) -> None:
         """What a companion's call returned; `call` is what `coming` said."""
@@ -206,7 +213,7 @@ class Runtime:
             state.trace = []
             state.expected.runs += 1
             self._check_num_steps(module, tick)
-        wanted_full = self._is_full(state, tick.step, tick.num_steps)
+        wanted_full, branch = self._kind(state, tick.step, tick.num_steps)
         handed = state.expected.handed.pop(tick.call, None)
         if wanted_full:
             self._have_settings_changed(state, module, call, thorough=tick.new_run)
@@ -220,15 +227,17 @@ class Runtime:
         if slot is not None and forced is None and not wanted_full:
             # Settings are looked at once the device is at work. Where they have changed, what it computes, or fails to
             # compute of weights that were moved with them, counts for nothing.
+            cut = entry.cuts[branch]
             try:
-                leaves = self._shallow(state, entry, slot, tick, call)
+                leaves = self._shallow(state, entry, slot, cut, tick, call)
             except Exception:
                 if not self._have_settings_changed(state, module, call):
                     raise
             else:
                 if not self._have_settings_changed(state, module, call):
                     self.counts.shallow += 1
-                    state.trace.append("s")
+                    self.counts.by_cut[entry.variants.cuts[cut].branch.index] += 1
+                    state.trace.append(SHALLOW_LETTERS[min(cut, len(SHALLOW_LETTERS) - 1)])
                     return entry.captured.outputs(leaves)
             forced = _CHANGED
         elif not wanted_full:
@@ -244,18 +253,19 @@ class Runtime:
         tensors = computed(call.tensors)
         prompt = state.prompt(entry, "full", tick.call, tensors)
         leaves, feature = entry.programs.full(tick.step, tensors, prompt, before)
-        pairing = pair(handed, call.tensors, tensors, entry.variants.shallow_reads())
-        state.slots[tick.call] = Slot(entry, feature, state.refreshed, pairing)
+        pairings = [pair(handed, call.tensors, tensors, cut.reads()) for cut in entry.variants.cuts]
+        state.slots[tick.call] = Slot(entry, feature, state.refreshed, pairings)
         self.counts.full += 1
         state.trace.append("F")
         return entry.captured.outputs(leaves)
 
     @staticmethod
-    def _shallow(state: ThreadState, entry: Entry, slot: Slot, tick: Tick, call: Call) -> Sequence[Any]:
-        """The outputs of a shallow step. It changes nothing that a full step would read."""
-        tensors = computed(slot.pairing.inputs(call.tensors) if slot.pairing is not None else call.tensors)
-        prompt = state.prompt(entry, "shallow", tick.call, tensors)
-        return entry.programs.shallow(tick.step, tensors, slot.feature, prompt)
+    def _shallow(state: ThreadState, entry: Entry, slot: Slot, cut: int, tick: Tick, call: Call) -> Sequence[Any]:
+        """The outputs of a shallow step. It changes nothing but the slot's feature."""
+        pairing = slot.pairings[cut]
+        tensors = computed(pairing.inputs(call.tensors) if pairing is not None else call.tensors)
+        prompt = state.prompt(entry, entry.names[cut], tick.call, tensors)
+        return entry.programs.shallow(tick.step, tensors, slot.feature, prompt, cut)
 
     def _have_settings_changed(
         self, state: ThreadState, module: torch.nn.Module, call: Call, *, thorough: bool = False
@@ -265,10 +275,16 @@ class Runtime:
         state.settings = self.model_state.settings(module, call.sample.device, thorough=thorough)
         return state.settings != before
 
-    def _is_full(self, state: ThreadState, step: int, num_steps: int | None) -> bool:
-        """What the schedule says of a step; asked once a step, for a function of the user's may keep count."""
+    def _kind(self, state: ThreadState, step: int, num_steps: int | None) -> tuple[bool, Branch | None]:
+        """What the schedule says of a step: whether it is full, else where it begins.
+
+        Asked once a step, for a function of the user's may keep count.
+        """
         if state.answer is None or state.answer[:2] != (step, num_steps):
-            state.answer = step, num_steps, step == 0 or self.options.schedule.is_full(step, num_steps)
+            schedule = self.options.schedule
+            is_full = step == 0 or schedule.is_full(step, num_steps)
+            branch = None if is_full else schedule.branch_at(step, num_steps)
+            state.answer = step, num_steps, (is_full, branch)
         return state.answer[2]
 
     @staticmethod
@@ -349,15 +365,20 @@ class Runtime:
         signatures = tuple(
             CaptureReport(
                 inputs=entry.inputs,
-                branch=entry.variants.branch.index,
-                block=entry.variants.branch.block,
-                layer=entry.variants.branch.layer,
                 full_macs=entry.variants.full.macs.total,
-                shallow_macs=entry.variants.shallow.macs.total,
-                prompt_macs=entry.variants.full.prompt_macs.total + entry.variants.shallow.prompt_macs.total,
-                cache_bytes=entry.variants.cost.cache_bytes,
-                plain_shallow_macs=entry.variants.plain.macs.total,
-                plain_cache_bytes=entry.variants.plain.cache_bytes,
+                prompt_macs=sum(variant.prompt_macs.total for variant in entry.variants.named().values()),
+                cuts=tuple(
+                    CutReport(
+                        branch=cut.branch.index,
+                        block=cut.branch.block,
+                        layer=cut.branch.layer,
+                        shallow_macs=cut.shallow.macs.total,
+                        cache_bytes=cut.cost.cache_bytes,
+                        plain_shallow_macs=cut.plain.macs.total,
+                        plain_cache_bytes=cut.plain.cache_bytes,
+                    )
+                    for cut in entry.variants.cuts
+                ),
                 capture_seconds=entry.seconds,
                 passes=entry.passes,
                 first_call_seconds=dict(entry.programs.first_call_seconds),
@@ -374,6 +395,7 @@ class Runtime:
             captures=counts.captures,
             full_calls=counts.full,
             shallow_calls=counts.shallow,
+            calls_by_branch=dict(sorted(counts.by_cut.items())),
             original_calls=sum(counts.original.values()),
             forced_full=dict(counts.forced),
             original_reasons=dict(counts.original),

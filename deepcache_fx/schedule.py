@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from deepcache_fx.branch import Branch, check_branch
 from deepcache_fx.errors import ScheduleError
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ class Schedule(ABC):
     @abstractmethod
     def is_full(self, step: int, num_steps: int | None) -> bool:
         """True where `step` (0 is the first of the run) must run the whole UNet; `num_steps` is None where unknown."""
+
+    def branch_at(self, step: int, num_steps: int | None) -> Branch | None:
+        """The skip connection that a shallow step is cut at: one of `branches`, or None for that of `optimize`."""
+        return None
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The skip connections that `branch_at` may name; each must be deeper than that of `optimize`."""
+        return ()
 
     def full_steps(self, num_steps: int) -> list[int]:
         """The full steps of a run of `num_steps` steps, in order. Step 0 is always one of them."""
@@ -174,8 +184,68 @@ class Window(Schedule):
             end += num_steps
         if step <= self.start or (end is not None and step >= end):
             return True
-        last = num_steps if end is None else end
-        return self.inner.is_full(step - self.start, None if last is None else last - self.start)
+        return self.inner.is_full(step - self.start, self._inner_steps(num_steps))
+
+    def branch_at(self, step: int, num_steps: int | None) -> Branch | None:
+        return self.inner.branch_at(step - self.start, self._inner_steps(num_steps))
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return self.inner.branches
+
+    def _inner_steps(self, num_steps: int | None) -> int | None:
+        """How many steps the inner schedule has; None where that is unknown."""
+        end = self.end
+        if end is None or (end < 0 and num_steps is not None):
+            end = None if num_steps is None else num_steps + (end or 0)
+        return None if end is None else end - self.start
+
+
+@dataclass(frozen=True, init=False)
+class Nested(Schedule):
+    """Steps of several depths: some full, some from a deeper skip connection on, the others from that of `optimize`.
+
+    `deeper` says, for skip connections by number or (block, layer), at which steps to begin there: at those that the
+    schedule beside it, or 1:N where that is a number, would make full. Where several do, the last counts: name the
+    shallowest first. `Nested(6, {3: 3})` makes steps 0, 6, 12, ... full, and steps 3, 9, 15, ... begin at branch 3.
+
+    Such a step computes less than a full one and more than the others. With a forecast it refreshes the caches of the
+    skip connections above it too, so that these follow more steps than the full ones. Each skip connection has a cache
+    and a program of its own.
+
+    Raises:
+        ScheduleError: `deeper` is empty, names a skip connection twice, or none that there can be.
+    """
+
+    inner: Schedule
+    deeper: tuple[tuple[Branch, Schedule], ...]
+
+    def __init__(self, inner: object, deeper: Mapping[Branch, object] | Iterable[tuple[Branch, object]]) -> None:
+        pairs = list(deeper.items() if isinstance(deeper, Mapping) else deeper)
+        if not pairs:
+            raise ScheduleError("deeper must name at least one skip connection: use the inner schedule as it is")
+        chosen = [(check_branch(branch), as_schedule(schedule)) for branch, schedule in pairs]
+        if len({branch for branch, _ in chosen}) < len(chosen):
+            raise ScheduleError(f"deeper names a skip connection twice, got {[branch for branch, _ in chosen]}")
+        object.__setattr__(self, "inner", as_schedule(inner))
+        object.__setattr__(self, "deeper", tuple(chosen))
+
+    @property
+    def needs_num_steps(self) -> bool:  # type: ignore[override]
+        return any(schedule.needs_num_steps for schedule in (self.inner, *(one for _, one in self.deeper)))
+
+    def is_full(self, step: int, num_steps: int | None) -> bool:
+        return self.inner.is_full(step, num_steps)
+
+    def branch_at(self, step: int, num_steps: int | None) -> Branch | None:
+        for branch, schedule in reversed(self.deeper):
+            if schedule.is_full(step, num_steps):
+                return branch
+        return self.inner.branch_at(step, num_steps)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return (*(branch for branch, _ in self.deeper), *self.inner.branches)
 
 
 @dataclass(frozen=True)
@@ -209,5 +279,6 @@ def as_schedule(value: object) -> Schedule:
     if callable(value) and not isinstance(value, type):
         return Custom(value)
     raise ScheduleError(
-        f"schedule must be Uniform(n), Power(n), Steps([...]), an integer or a function of the step, got {value!r}"
+        "schedule must be Uniform(n), Power(n), Steps([...]), Window(...), Nested(...), an integer or a function of "
+        f"the step, got {value!r}"
     )

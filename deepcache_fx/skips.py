@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import fx
 
-from deepcache_fx.config import Branch
+from deepcache_fx.branch import Branch
 from deepcache_fx.errors import BranchError
 from deepcache_fx.macs import total_macs
 from passes.match import ancestors, is_op, tensor
@@ -29,6 +30,13 @@ class SkipConnection:
     cat: fx.Node
     deep: fx.Node
     """The operand that DeepCache keeps: everything below it is skipped in a shallow step."""
+
+    @property
+    def operand(self) -> Literal[0, 1]:
+        """Which operand of the `cat` is the deep one."""
+        operands = self.cat.args[0]
+        assert isinstance(operands, Sequence)
+        return 0 if operands[0] is self.deep else 1
 
 
 def find_skip_connections(graph: fx.Graph) -> tuple[SkipConnection, ...]:
@@ -115,3 +123,22 @@ def pick_branch(branches: Sequence[SkipConnection], branch: Branch, model: str) 
     layers = {b.block: sum(c.block == b.block for c in branches) for b in branches}
     text = ", ".join(f"block {block}: layers 0-{count - 1}" for block, count in layers.items())
     raise BranchError(f"branch (block, layer) = {branch} is out of range: {model} has {text}")
+
+
+def pick_branches(
+    skips: Sequence[SkipConnection], branch: Branch, deeper: Sequence[Branch], model: str
+) -> dict[Branch | None, SkipConnection]:
+    """The skip connections that a schedule uses, from the shallowest: None is `branch`, the others by their names.
+
+    Raises:
+        BranchError: there is none such, or one of `deeper` is not deeper than `branch`.
+    """
+    first = pick_branch(skips, branch, model)
+    found = {name: pick_branch(skips, name, model) for name in deeper}
+    for name, skip in found.items():
+        if skip.index <= first.index:
+            raise BranchError(
+                f"the schedule's branch {name} must be deeper than optimize's branch {branch}: {model} has skip "
+                f"connections {first.index + 1} to {len(skips) - 1} there"
+            )
+    return {None: first, **dict(sorted(found.items(), key=lambda item: item[1].index))}

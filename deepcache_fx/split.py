@@ -10,12 +10,18 @@ shallow variant reads the cache, and dead-code elimination makes it shallow. At 
 operand alone moves into the full variant, and the cache holds whatever of it is cheapest to hold; the layers that the
 concatenation leads to are first split into a part of each operand. At *prompt rate*, what depends on the prompt alone
 leaves both variants for a stage before them. Each variant has its own, so that a step waits for no more than it needs.
+
+A schedule may cut at several skip connections: each has a cache and a shallow variant of its own. With a forecast, the
+variant of a deeper cut refreshes the caches of those above it, of which it computes the deep operands anyway:
+
+    cut 1: shallow.step(x, t, text, c_1, l_1) -> y, c_0           cut 0: shallow.step(x, t, text, c_0, l_0) -> y
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 
 import torch
 from torch import fx
@@ -56,31 +62,58 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Variants:
-    """Two programs over one set of weights.
+class Cut:
+    """A skip connection at which shallow steps begin, and their variant.
 
-    `full.step` maps (*inputs, *prompt values) to (*outputs, *cache); `shallow.step` maps (*inputs, *cache, *prompt
-    values) to the outputs. `cache` holds fake tensors like the cached values. With a forecast, the shallow step takes
-    the caches of the last `forecast` + 1 full steps, newest first, and their weights.
+    `shallow.step` maps (*inputs, *cache, *prompt values) to (*outputs, *caches of the first `refreshed` cuts). `cache`
+    holds fake tensors like the cached values. With a forecast the step takes the last `forecast` + 1 of its caches,
+    newest first, and their weights.
     """
 
     branch: SkipConnection
-    full: Variant
     shallow: Variant
-    num_outputs: int
     cache: tuple[torch.Tensor, ...]
     plain: Cost
     """Of the shallow step, were the deep operand cached as it is and nothing done at prompt rate."""
+    refreshed: int = 0
+    """How many of the cuts above it the step refreshes."""
 
     @property
     def cost(self) -> Cost:
         """Of the shallow step."""
         return Cost(self.shallow.macs, sum(map(_bytes, self.cache)))
 
-    def shallow_reads(self) -> frozenset[int]:
+    def reads(self) -> frozenset[int]:
         """Which inputs, by number, the shallow variant reads; of a ControlNet's residuals those are few."""
         inputs = self.shallow.step.graph.find_nodes(op="placeholder")
         return frozenset(self.shallow.prompt_inputs).union(i for i, node in enumerate(inputs) if node.users)
+
+
+@dataclass(frozen=True)
+class Variants:
+    """A full program, and a shallow one for each cut, over one set of weights.
+
+    `full.step` maps (*inputs, *prompt values) to (*outputs, *cache of each cut).
+    """
+
+    full: Variant
+    cuts: tuple[Cut, ...]
+    """From the shallowest; most schedules have one."""
+    num_outputs: int
+
+    def named(self) -> dict[str, Variant]:
+        """All variants by name: "full", "shallow" for the shallowest cut, "shallow_3" for another, at branch 3."""
+        names = ["shallow", *(f"shallow_{cut.branch.index}" for cut in self.cuts[1:])]
+        return {"full": self.full, **{name: cut.shallow for name, cut in zip(names, self.cuts, strict=True)}}
+
+    def with_steps(self, steps: Mapping[str, fx.GraphModule]) -> Variants:
+        """The same with other graphs for the steps of the `named` variants."""
+        full, *shallow = (
+            replace(variant, step=steps[name], macs=total_macs(steps[name].graph.nodes))
+            for name, variant in self.named().items()
+        )
+        cuts = tuple(replace(cut, shallow=variant) for cut, variant in zip(self.cuts, shallow, strict=True))
+        return replace(self, full=full, cuts=cuts)
 
 
 def plain_cost(graph: fx.Graph, deep: fx.Node) -> Cost:
@@ -90,44 +123,67 @@ def plain_cost(graph: fx.Graph, deep: fx.Node) -> Cost:
 
 def split(
     captured: Captured,
-    branch: SkipConnection,
+    branches: SkipConnection | Sequence[SkipConnection],
     *,
     rates: Collection[str] = (),
     prompt_inputs: Collection[int] = (),
     forecast: int = 0,
 ) -> Variants:
-    """Split at a skip connection of `captured.graph`, which stays as it is.
+    """Split at skip connections of `captured.graph`, which stays as it is.
 
     Args:
         captured: What was captured.
-        branch: One of its skip connections.
+        branches: One of its skip connections, or several from the shallowest.
         rates: Which of `RATES` to separate.
         prompt_inputs: The inputs, by number, that change with the prompt alone. They may change at any time, and the
             prompt stages must then run anew: what is at stake is only how often.
         forecast: How many refreshes besides the last the shallow step reads (see `forecast`).
     """
+    branches = [branches] if isinstance(branches, SkipConnection) else list(branches)
     whole = captured.graph.graph
-    plain = plain_cost(whole, branch.deep)
     graph, nodes = _copy(captured.graph)
-    kept: Sequence[fx.Node] = [nodes[branch.deep]]
-    if "refresh_rate" in rates:
-        kept = _at_refresh_rate(graph, nodes[branch.cat], nodes[branch.deep])
-    full = also_return(graph, kept)
-    shallow = extract(graph, kept).second
-    if forecast:
-        cached = shallow.graph.find_nodes(op="placeholder")[-len(kept) :]
-        shallow = combine_refreshes(shallow, cached, forecast)
+    kept = _to_keep(graph, [nodes[branch.cat] for branch in branches], branches, "refresh_rate" in rates)
+    full = also_return(graph, chain.from_iterable(kept))
     count = len(whole.output_node().args[0])  # type: ignore[arg-type]
-    values = full.graph.output_node().args[0][count:]  # type: ignore[index]
+    caches = _caches(full, count, kept)
     chosen = prompt_inputs if "prompt_rate" in rates else ()
-    return Variants(
-        branch=branch,
-        full=in_stages(full, chosen),
-        shallow=in_stages(shallow, chosen),
-        num_outputs=count,
-        cache=tuple(value.meta["val"] for value in values),  # type: ignore[union-attr]
-        plain=plain,
-    )
+    cuts = []
+    for number, branch in enumerate(branches):
+        # To repeat a value that is newer than the deep feature it came from brings an image farther off: a deeper step
+        # refreshes the other caches where they are forecast (docs/fidelity.md).
+        refreshed = number if forecast else 0
+        shallow = extract(graph, kept[number], chain.from_iterable(kept[:refreshed])).second
+        if forecast:
+            cached = shallow.graph.find_nodes(op="placeholder")[-len(kept[number]) :]
+            shallow = combine_refreshes(shallow, cached, forecast)
+        plain = plain_cost(whole, branch.deep)
+        cuts.append(Cut(branch, in_stages(shallow, chosen), caches[number], plain, refreshed))
+    return Variants(in_stages(full, chosen), tuple(cuts), count)
+
+
+def _to_keep(
+    graph: fx.GraphModule, cats: Sequence[fx.Node], branches: Sequence[SkipConnection], at_refresh_rate: bool
+) -> list[Sequence[fx.Node]]:
+    """For each cut, what to keep: its deep operand, or what the refresh rate has made of it."""
+    deep: list[fx.Node] = []
+    for cat, branch in reversed(list(zip(cats, branches, strict=True))):
+        # The deepest first: parting the operands of one may put another node in the place of a deep operand above it.
+        operands = cat.args[0]
+        assert isinstance(operands, Sequence)
+        node = operands[branch.operand]
+        assert isinstance(node, fx.Node)
+        deep.insert(0, node)
+        if at_refresh_rate:
+            SplitOverCat(cat.name, alone=branch.operand)(graph)
+    return [partition(graph.graph, {node}).kept if at_refresh_rate else [node] for node in deep]
+
+
+def _caches(full: fx.GraphModule, outputs: int, kept: Sequence[Sequence[fx.Node]]) -> list[tuple[torch.Tensor, ...]]:
+    """Of each cut, the values that the full step returns for it."""
+    [leaves] = full.graph.output_node().args
+    assert isinstance(leaves, (tuple, list))
+    values = iter(leaves[outputs:])
+    return [tuple(value.meta["val"] for value in islice(values, len(one))) for one in kept]
 
 
 def refresh_costs(captured: Captured, branches: Sequence[SkipConnection]) -> list[Cost]:
@@ -135,8 +191,7 @@ def refresh_costs(captured: Captured, branches: Sequence[SkipConnection]) -> lis
     graph, nodes = _copy(captured.graph)
     costs = []
     for branch in branches:  # shallowest first: parting the operands of one may replace the deep operand before it
-        _part_operands(graph, nodes[branch.cat], nodes[branch.deep])
-        kept = partition(graph.graph, {nodes[branch.deep]}).kept
+        [kept] = _to_keep(graph, [nodes[branch.cat]], [branch], True)
         macs = total_macs(ancestors([graph.graph.output_node()], given=kept))
         costs.append(Cost(macs, sum(_bytes(node.meta["val"]) for node in kept)))
     return costs
@@ -152,19 +207,6 @@ def keep_outputs(module: fx.GraphModule, chosen: Collection[int]) -> fx.GraphMod
     eliminate_dead_code(copy.graph)
     copy.recompile()
     return copy
-
-
-def _at_refresh_rate(graph: fx.GraphModule, cat: fx.Node, deep: fx.Node) -> Sequence[fx.Node]:
-    """What to keep so that all that depends on the deep operand alone is computed in full steps."""
-    _part_operands(graph, cat, deep)
-    return partition(graph.graph, {deep}).kept
-
-
-def _part_operands(graph: fx.GraphModule, cat: fx.Node, deep: fx.Node) -> None:
-    """Let the deep operand go alone through the layers that the concatenation leads to."""
-    operands = cat.args[0]
-    assert isinstance(operands, Sequence)
-    SplitOverCat(cat.name, alone=0 if operands[0] is deep else 1)(graph)
 
 
 def in_stages(step: fx.GraphModule, prompt_inputs: Collection[int]) -> Variant:

@@ -172,16 +172,17 @@ class Extracted:
     first: fx.GraphModule
     """Maps the inputs it needs, in their order, to the kept values."""
     second: fx.GraphModule
-    """Maps (*inputs, *kept values) to the outputs. All inputs remain, needed or not."""
+    """Maps (*inputs, *kept values) to (*outputs, *values also returned). All inputs remain, needed or not."""
     kept: tuple[fx.Node, ...]
     """The nodes of the original graph whose values pass from the first to the second: inputs are not among them."""
 
 
-def extract(gm: fx.GraphModule, kept: Iterable[fx.Node]) -> Extracted:
+def extract(gm: fx.GraphModule, kept: Iterable[fx.Node], also: Iterable[fx.Node] = ()) -> Extracted:
     """Compute the `kept` values in a graph of their own, and take them as further inputs in another.
 
     `kept` comes from `partition`; an input among them stays an input. A kept view is cloned, for it would hold all of
     what it is a view of; so is an output that is a kept value or a view of one, for a caller may write into outputs.
+    The second graph returns the values in `also` too, as `also_return` does.
     """
     kept = tuple(node for node in kept if node.op != "placeholder")
     first, nodes = _copy(gm.graph)
@@ -204,6 +205,7 @@ def extract(gm: fx.GraphModule, kept: Iterable[fx.Node]) -> Extracted:
         strides_changed |= value.meta["val"].stride() != node.meta["val"].stride()
         nodes[node].replace_all_uses_with(placeholder)
         _part_outputs(second, placeholder)
+    _append_outputs(second, [nodes[node] for node in also])
     eliminate_dead_code(second)
     result = Extracted(fx.GraphModule(gm, first), fx.GraphModule(gm, second), kept)
     if strides_changed:
@@ -217,15 +219,18 @@ def also_return(gm: fx.GraphModule, kept: Iterable[fx.Node]) -> fx.GraphModule:
     The kept values come as from `extract`; they share no memory with the outputs.
     """
     graph, nodes = _copy(gm.graph)
-    held = [nodes[node] for node in kept if node.op != "placeholder"]
-    for node in held:
+    _append_outputs(graph, [nodes[node] for node in kept if node.op != "placeholder"])
+    eliminate_dead_code(graph)
+    return fx.GraphModule(gm, graph)
+
+
+def _append_outputs(graph: fx.Graph, kept: Sequence[fx.Node]) -> None:
+    for node in kept:
         _part_outputs(graph, node)
     output = graph.output_node()
     [leaves] = output.args
     assert isinstance(leaves, (tuple, list))
-    output.args = ((*leaves, *_held(held, output)),)
-    eliminate_dead_code(graph)
-    return fx.GraphModule(gm, graph)
+    output.args = ((*leaves, *_held(kept, output)),)
 
 
 def _held(kept: Iterable[fx.Node], output: fx.Node) -> list[fx.Node]:

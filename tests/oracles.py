@@ -79,7 +79,7 @@ class CatOracle:
 
         def replacing(tensors: Sequence[torch.Tensor], dim: int = 0, **rest: Any) -> torch.Tensor:
             nonlocal seen
-            if _joins_channels(tensors, dim):
+            if joins_channels(tensors, dim):
                 if seen == position:
                     if full:
                         self.cached = tensors[0].clone()
@@ -96,7 +96,7 @@ class CatOracle:
 
         def counting(tensors: Sequence[torch.Tensor], dim: int = 0, **rest: Any) -> torch.Tensor:
             nonlocal count
-            count += _joins_channels(tensors, dim)
+            count += joins_channels(tensors, dim)
             return cat(tensors, dim=dim, **rest)
 
         with mock.patch("torch.cat", counting), torch.no_grad():
@@ -104,5 +104,6 @@ class CatOracle:
         return count
 
 
-def _joins_channels(tensors: Sequence[torch.Tensor], dim: int) -> bool:
+def joins_channels(tensors: Sequence[torch.Tensor], dim: int) -> bool:
+    """True for a concatenation of two feature maps on the channel axis."""
     return len(tensors) == 2 and tensors[0].ndim >= 4 and dim == 1

@@ -130,13 +130,13 @@ def test_a_shallow_step_of_the_sd15_controlnet_is_a_third_of_a_percent() -> None
     captured, _ = apply_passes(capture(unet, whole, reader), OPTIONS)
     branch = pick_branch(find_skip_connections(captured.graph.graph), 0, "")
     variants = split(captured, branch, rates=RATES, prompt_inputs=whole.prompt_inputs)
-    pairing = pair(Handed(entry, tuple(residuals)), whole.tensors, whole.tensors, variants.shallow_reads())
+    pairing = pair(Handed(entry, tuple(residuals)), whole.tensors, whole.tensors, variants.cuts[0].reads())
     assert pairing is not None
     assert (pairing.read, len(residuals)) == ({0}, 13)
     shallow = entry.step_for(pairing.read).macs
     assert f"{shallow / 1e9:.2f} of {entry.plain_macs / 1e9:.1f}" == "0.93 of 283.3"
     assert f"{shallow / entry.plain_macs:.1%}" == "0.3%"
     assert f"{entry.prompt_macs / 1e9:.1f}" == "16.1"
-    untouched = variants.full.macs.total + 2 * variants.shallow.macs.total + 3 * entry.plain_macs
-    followed = variants.full.macs.total + 2 * variants.shallow.macs.total + entry.full.macs + 2 * shallow
+    untouched = variants.full.macs.total + 2 * variants.cuts[0].shallow.macs.total + 3 * entry.plain_macs
+    followed = variants.full.macs.total + 2 * variants.cuts[0].shallow.macs.total + entry.full.macs + 2 * shallow
     assert f"{untouched / followed:.2f}" == "1.49"

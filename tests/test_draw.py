@@ -198,7 +198,7 @@ def test_the_rates_of_all_cells_are_those_of_the_split_at_every_branch(subject: 
     for skip in subject.skips:
         found = sum(subject.cut(skip.index).cell_macs(), RateMacs())
         variants = subject.split(skip.index)
-        assert found.step == variants.shallow.macs.total
+        assert found.step == variants.cuts[0].shallow.macs.total
         assert found.prompt == variants.full.prompt_macs.total
         assert found.step + found.refresh == variants.full.macs.total
 
@@ -243,7 +243,7 @@ def test_the_cut_lies_between_the_chosen_branch_and_the_next(subject: Subject) -
         picture = subject.cut(skip.index)
         [cut] = picture.all("g", "cut")
         assert number(cut, "data-branch") == skip.index
-        assert number(cut, "data-cache") == subject.split(skip.index).cost.cache_bytes
+        assert number(cut, "data-cache") == subject.split(skip.index).cuts[0].cost.cache_bytes
         # Cells of a level are listed from its shallowest skip connection downwards.
         rows = [box(cell) for level in picture.all("g", "down") for cell in level if cell.get("class") == "cell"]
         assert [y < _cut_y(picture) for _, y, _, _ in rows] == [i <= skip.index for i in range(len(subject.skips))]
@@ -280,7 +280,7 @@ def test_an_optimised_unet_is_drawn_as_its_options_split_it_and_stays_so(tmp_pat
 def test_the_totals_are_those_of_the_split_and_of_the_published_way(compvis: Subject) -> None:
     picture = compvis.cut(0)
     full = sum(picture.cell_macs(), RateMacs()).total
-    cost, plain = compvis.split(0).cost, compvis.split(0).plain
+    cost, plain = compvis.split(0).cuts[0].cost, compvis.split(0).cuts[0].plain
     bound = 3 * full / (full + 2 * cost.macs.total)
     words = picture.words()
     assert f"{full / 1e6:.1f} MMAC" in words

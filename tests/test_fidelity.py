@@ -20,16 +20,16 @@ from typer.testing import CliRunner
 
 import deepcache_fx
 from benchmarks.fidelity.__main__ import main as fidelity_main
-from benchmarks.fidelity.arms import all_arms, equal_macs_steps, select
+from benchmarks.fidelity.arms import all_arms, equal_macs_steps, nested, select
 from benchmarks.fidelity.cases import SAMPLERS, Case, Outcome, Row, RowsFile, Scores, is_rows_file, read_rows
 from benchmarks.fidelity.class_conditional import ClassConditionalPipeline, load
 from benchmarks.fidelity.judges import fashion_judge, hub_judge, load_inception
-from benchmarks.fidelity.metrics import PairDistance, SetDistance, coverage
+from benchmarks.fidelity.metrics import PairDistance, Pairs, SetDistance, coverage
 from benchmarks.fidelity.models import Model, UNetCost, load_model
 from benchmarks.fidelity.plots import pareto
 from benchmarks.fidelity.report import grouped, newest, write_report
 from benchmarks.fidelity.setting import Setting, uniform_calls
-from benchmarks.fidelity.sweep import Sweep, Times, batches
+from benchmarks.fidelity.sweep import Sweep, Times, batches, total_seconds
 from benchmarks.fidelity.targets import targets
 from benchmarks.report import is_results
 from deepcache_fx.loading import LoadError
@@ -93,15 +93,42 @@ def test_paired_scores_of_a_known_error_do_not_depend_on_the_batches() -> None:
         parts.add(images[slice(*part)], reference[slice(*part)])
     for found in (whole.result(), parts.result()):
         assert found.psnr == pytest.approx(20 + 10 * math.log10(2), abs=1e-4)
+        assert found.psnr_median == pytest.approx(20 + 10 * math.log10(2), abs=1e-4)  # between 0 and 0.01
         assert found.identical == 0.5
         assert found.lpips is None
     assert whole.result().ssim == pytest.approx(parts.result().ssim)
 
 
+def test_one_image_that_comes_out_as_another_decides_the_psnr_but_not_its_median() -> None:
+    reference = torch.full((5, 1, 32, 32), 0.4)
+    images = reference + torch.tensor([0.01, 0.01, 0.01, 0.01, 0.6]).view(5, 1, 1, 1)
+    pairs = PairDistance()
+    pairs.add(images, reference)
+    found = pairs.result()
+    assert found.psnr == pytest.approx(-10 * math.log10((4 * 0.01**2 + 0.6**2) / 5), abs=1e-3)
+    assert found.psnr_median == pytest.approx(40, abs=1e-3)
+
+
+def test_calls_of_every_depth_count_as_what_they_take() -> None:
+    times = Times()
+    for _ in range(2):
+        times.add("Fstt", [8.0, 1.0, 3.0, 3.0], 1)
+    durations = {kind: times.quantiles(kind) for kind in "Fst"}
+    assert total_seconds("FssFt", durations) == 2 * 8 + 2 * 1 + 3
+    assert total_seconds("FssFtu", durations) is None
+
+
+def test_a_nested_arm_refreshes_as_often_as_uniform_does() -> None:
+    schedule = nested(3)
+    kinds = [0 if schedule.is_full(n, 20) else schedule.branch_at(n, 20) for n in range(20)]
+    assert [n for n, kind in enumerate(kinds) if kind is not None] == list(range(0, 20, 3))
+    assert kinds.count(0) == 4
+
+
 def test_identical_images_have_no_finite_psnr() -> None:
     pairs = PairDistance()
     pairs.add(torch.ones(2, 1, 32, 32), torch.ones(2, 1, 32, 32))
-    assert pairs.result() == dataclasses.replace(pairs.result(), psnr=None, ssim=pytest.approx(1.0), identical=1.0)
+    assert pairs.result() == Pairs(None, None, ssim=pytest.approx(1.0), lpips=None, identical=1.0)
     with pytest.raises(ValueError, match="have no counterparts"):
         pairs.add(torch.ones(1, 1, 32, 32), torch.ones(2, 1, 32, 32))
 

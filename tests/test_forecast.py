@@ -182,7 +182,9 @@ def test_half_precision_is_summed_in_single() -> None:
     runtime = runtime_of(unet)
     assert runtime is not None
     [entry] = runtime._entries.values()
-    sums = entry.variants.shallow.step.graph.find_nodes(op="call_function", target=torch.ops.aten.addcmul.default)
+    sums = entry.variants.cuts[0].shallow.step.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.addcmul.default
+    )
     assert sums
     assert {node.meta["val"].dtype for node in sums} == {torch.float32}
 

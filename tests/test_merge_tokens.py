@@ -396,7 +396,7 @@ def test_merges_in_one_variant_alone(rates: tuple[str, ...]) -> None:
     gm, _ = captured_unet()
     whole = Captured(gm, None)  # type: ignore[arg-type]
     variants = split(whole, find_skip_connections(gm.graph)[0], rates=rates, prompt_inputs=(2,))
-    full, shallow = variants.full.step, variants.shallow.step
+    full, shallow = variants.full.step, variants.cuts[0].shallow.step
     before = [total_macs(graph.graph.nodes).total for graph in (full, shallow)]
     run_passes(shallow, [MergeTokens()])
     assert merges(shallow) == 1

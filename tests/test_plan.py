@@ -94,8 +94,8 @@ def test_every_branch_counts_what_splitting_there_gives(sd: Plan) -> None:
     for planned, connection in zip(sd.branches, found, strict=True):
         variants = split(captured, connection)
         assert (planned.index, planned.block, planned.layer) == (connection.index, connection.block, connection.layer)
-        assert (planned.full, planned.shallow) == (variants.full.macs, variants.shallow.macs)
-        assert planned.cache_bytes == variants.cost.cache_bytes
+        assert (planned.full, planned.shallow) == (variants.full.macs, variants.cuts[0].shallow.macs)
+        assert planned.cache_bytes == variants.cuts[0].cost.cache_bytes
 
 
 def test_deeper_branches_save_less(sd: Plan) -> None:

@@ -44,7 +44,7 @@ def variants_of(unet: torch.nn.Module) -> Variants:
 def modules_of(unet: torch.nn.Module) -> dict[str, fx.GraphModule]:
     variants = variants_of(unet)
     assert variants.full.prompt is not None
-    return dict(zip(NAMES, (variants.full.step, variants.shallow.step, variants.full.prompt), strict=True))
+    return dict(zip(NAMES, (variants.full.step, variants.cuts[0].shallow.step, variants.full.prompt), strict=True))
 
 
 class Root:
@@ -145,7 +145,7 @@ def test_plain_values_leave_the_graphs_out_unless_asked(unet: CompVisUNet) -> No
     short, long = found.to_dict(), found.to_dict(graphs=True)
     assert "graphs" not in short["signatures"][0]
     assert short["engaged"] is False
-    assert short["signatures"][0]["branch"] == 1
+    assert short["signatures"][0]["cuts"][0]["branch"] == 1
     assert json.loads(json.dumps(long))["signatures"][0].pop("graphs") == dict(found.graphs[0])
     assert {**long["signatures"][0], "graphs": None} == {**short["signatures"][0], "graphs": None}
     assert "aten" not in str(found)

@@ -469,5 +469,5 @@ def test_a_report_prints_and_converts() -> None:
     assert "2 full, 2 shallow" in text
     data = json.loads(json.dumps(report(unet).to_dict()))
     assert data["engaged"] is True
-    assert data["signatures"][0]["shallow_macs"] < data["signatures"][0]["full_macs"]
+    assert data["signatures"][0]["cuts"][0]["shallow_macs"] < data["signatures"][0]["full_macs"]
     assert data["signatures"][0]["passes"][0]["name"] == "canonicalize"

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepcache_fx.errors import DeepCacheError, ScheduleError
-from deepcache_fx.schedule import Custom, Power, Steps, Uniform, Window, as_schedule
+from deepcache_fx.errors import BranchError, DeepCacheError, ScheduleError
+from deepcache_fx.schedule import Custom, Nested, Power, Steps, Uniform, Window, as_schedule
 
 
 @cache
@@ -152,3 +152,44 @@ def test_a_window_that_makes_no_sense_is_refused() -> None:
             Window(*arguments)  # type: ignore[arg-type]
     with pytest.raises(ScheduleError, match="needs the number of denoising steps"):
         Window(0, -1).is_full(3, None)
+
+
+def test_nested_steps_begin_where_the_last_schedule_says() -> None:
+    schedule = Nested(6, {1: 3, (1, 0): Steps([4, 9])})
+    assert schedule.full_steps(13) == [0, 6, 12]
+    assert schedule.branches == (1, (1, 0))
+    found = [None if schedule.is_full(n, 13) else schedule.branch_at(n, 13) for n in range(13)]
+    assert found == [None, None, None, 1, (1, 0), None, None, None, None, (1, 0), None, None, None]
+    assert schedule == Nested(Uniform(6), [(1, Uniform(3)), ([1, 0], Steps([9, 4]))])
+    assert not schedule.needs_num_steps
+    assert Nested(6, {2: Power(3)}).needs_num_steps
+
+
+def test_nested_schedules_nest() -> None:
+    schedule = Nested(Nested(8, {1: 2}), {3: 4})
+    assert schedule.branches == (3, 1)
+    assert [schedule.branch_at(n, None) for n in (1, 2, 4)] == [None, 1, 3]
+
+
+@given(st.integers(0, 5), st.integers(1, 9), st.integers(1, 9), st.integers(10, 40))
+def test_a_window_hands_its_inner_steps_on(start: int, interval: int, deeper: int, num_steps: int) -> None:
+    inner = Nested(interval, {2: deeper})
+    schedule = Window(start, -1, inner)
+    for step in range(start, num_steps - 1):
+        assert schedule.is_full(step, num_steps) == inner.is_full(step - start, None) or step == start
+        assert schedule.branch_at(step, num_steps) == inner.branch_at(step - start, None)
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: Nested(3, {}), "deeper must name at least one"),
+        (lambda: Nested(3, {-1: 2}), "branch must be a number of at least 0"),
+        (lambda: Nested(3, [(1, 2), (1, 3)]), "names a skip connection twice"),
+        (lambda: Nested(3, {1: 0}), "interval must be at least 1"),
+        (lambda: Nested("3", {1: 2}), "schedule must be Uniform"),
+    ],
+)
+def test_nested_schedules_that_make_no_sense_are_refused(make: Callable[[], Any], error: str) -> None:
+    with pytest.raises((BranchError, ScheduleError), match=error):
+        make()

@@ -132,11 +132,11 @@ def test_the_shallow_variant_has_no_deep_layer_and_both_give_the_whole_output() 
         variants = split(captured, find_skip_connections(captured.graph.graph)[index])
         output, cached = variants.full.step(x)
         assert torch.equal(output, expected)
-        assert torch.equal(variants.shallow.step(x, cached)[0], expected)
-        assert not torch.equal(variants.shallow.step(x, torch.zeros_like(cached))[0], expected)
-        assert sum(is_op(n, aten.conv2d.default) for n in variants.shallow.step.graph.nodes) == convolutions
-        assert variants.cost.cache_bytes == cached.numel() * 4
-        assert variants.shallow.macs.total < variants.full.macs.total
+        assert torch.equal(variants.cuts[0].shallow.step(x, cached)[0], expected)
+        assert not torch.equal(variants.cuts[0].shallow.step(x, torch.zeros_like(cached))[0], expected)
+        assert sum(is_op(n, aten.conv2d.default) for n in variants.cuts[0].shallow.step.graph.nodes) == convolutions
+        assert variants.cuts[0].cost.cache_bytes == cached.numel() * 4
+        assert variants.cuts[0].shallow.macs.total < variants.full.macs.total
 
 
 def test_several_outputs_are_kept_in_order() -> None:
@@ -150,7 +150,7 @@ def test_several_outputs_are_kept_in_order() -> None:
     _, second, cached = variants.full.step(x)
     assert torch.equal(second, cached)
     other = torch.randn_like(cached)
-    assert torch.equal(variants.shallow.step(x, other)[1], other)
+    assert torch.equal(variants.cuts[0].shallow.step(x, other)[1], other)
 
 
 def test_an_output_that_is_the_cached_feature_may_be_written_into() -> None:
@@ -164,7 +164,7 @@ def test_an_output_that_is_the_cached_feature_may_be_written_into() -> None:
     expected = cached.clone()
     given.zero_()
     assert torch.equal(cached, expected)
-    variants.shallow.step(x, cached)[1].zero_()
+    variants.cuts[0].shallow.step(x, cached)[1].zero_()
     assert torch.equal(cached, expected)
 
 
@@ -187,11 +187,11 @@ def test_blocks_of_a_diffusers_unet_are_its_up_blocks() -> None:
     assert [(b.block, b.layer) for b in found] == [(i // 3, i % 3) for i in range(9)]
     variants = split(captured, found[0])
     own = {id(p) for p in unet.parameters()}
-    for variant in (variants.full.step, variants.shallow.step):
+    for variant in (variants.full.step, variants.cuts[0].shallow.step):
         parameters = list(variant.parameters())
         assert parameters
         assert all(id(p) in own for p in parameters)
-    assert len(list(variants.shallow.step.parameters())) < len(own) / 3
+    assert len(list(variants.cuts[0].shallow.step.parameters())) < len(own) / 3
 
 
 # By rates.
@@ -203,14 +203,15 @@ def test_what_depends_on_the_cached_feature_alone_moves_into_the_full_variant() 
     expected = captured.graph(x)[0]
     before = [(node.name, node.target) for node in captured.graph.graph.nodes]
     branch = find_skip_connections(captured.graph.graph)[0]
-    plain, hoisted = split(captured, branch), split(captured, branch, rates=RATES)
-    output, cached = hoisted.full.step(x)
+    variants = split(captured, branch, rates=RATES)
+    [plain], [hoisted] = split(captured, branch).cuts, variants.cuts
+    output, cached = variants.full.step(x)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(hoisted.shallow.step(x, cached)[0], expected)
     assert cached.shape == (1, 3, 4, 4)  # half of the last convolution's output, not the deep feature's 6 channels
     assert hoisted.plain == plain.cost == plain.plain
     assert hoisted.shallow.macs.total == plain.shallow.macs.total - 6 * 3 * 16
-    assert hoisted.full.macs.total == plain.full.macs.total
+    assert variants.full.macs.total == split(captured, branch).full.macs.total
     assert hoisted.cost.cache_bytes == 3 * 16 * 4 < plain.cost.cache_bytes
     assert [(node.name, node.target) for node in captured.graph.graph.nodes] == before
 
@@ -219,9 +220,39 @@ def test_costs_by_rate_are_known_without_splitting() -> None:
     _, captured = two_level_unet()
     found = find_skip_connections(captured.graph.graph)
     costs = refresh_costs(captured, found)
-    assert costs == [split(captured, branch, rates=["refresh_rate"]).cost for branch in found]
+    assert costs == [split(captured, branch, rates=["refresh_rate"]).cuts[0].cost for branch in found]
     plain = [plain_cost(captured.graph.graph, branch.deep) for branch in found]
     assert all(cost.macs.total < whole.macs.total for cost, whole in zip(costs, plain, strict=True))
+
+
+@pytest.mark.parametrize("forecast", [0, 1])
+@pytest.mark.parametrize("rates", [(), RATES])
+def test_cut_at_several_skip_connections(rates: tuple[str, ...], forecast: int) -> None:
+    """Each has a cache and a variant; with a forecast a deeper step returns the caches of those above it, too."""
+    _, captured = two_level_unet()
+    x = torch.randn(1, 3, 4, 4)
+    expected = captured.graph(x)[0]
+    found = find_skip_connections(captured.graph.graph)
+    variants = split(captured, found, rates=rates, forecast=forecast)
+    shallowest, deepest = variants.cuts
+    assert list(variants.named()) == ["full", "shallow", "shallow_1"]
+    assert shallowest.shallow.macs.total < deepest.shallow.macs.total < variants.full.macs.total
+    assert (shallowest.refreshed, deepest.refreshed) == (0, forecast)
+    output, upper, lower = variants.full.step(x)
+    weights = [torch.tensor([1.5, -0.5])] if forecast else []
+    torch.testing.assert_close(output, expected)
+    for cut, cached in ((shallowest, upper), (deepest, lower)):
+        assert cut.cache[0].shape == cached.shape
+        steps = [cached] * (forecast + 1)
+        result, *refreshed = cut.shallow.step(x, *steps, *weights)
+        torch.testing.assert_close(result, expected)
+        for value in refreshed:
+            torch.testing.assert_close(value, upper)
+        assert len(refreshed) == cut.refreshed
+    # The one cut is as it is alone.
+    alone = split(captured, found[1], rates=rates, forecast=forecast).cuts[0]
+    assert alone.shallow.macs == deepest.shallow.macs
+    assert alone.cost == deepest.cost
 
 
 def unet_with_a_prompt() -> tuple[Captured, torch.Tensor, torch.Tensor]:
@@ -238,7 +269,7 @@ def test_what_depends_on_the_prompt_alone_is_computed_once_and_only_where_it_is_
     expected = captured.graph(x, text)[0]
     branch = find_skip_connections(captured.graph.graph)[0]
     variants = split(captured, branch, rates=RATES, prompt_inputs=[1])
-    full, shallow = variants.full, variants.shallow
+    full, shallow = variants.full, variants.cuts[0].shallow
     assert full.prompt is not None
     assert shallow.prompt is not None
     assert full.prompt_inputs == shallow.prompt_inputs == (1,)
@@ -253,10 +284,10 @@ def test_an_input_that_changes_with_every_step_keeps_its_work_in_the_step() -> N
     captured, x, text = unet_with_a_prompt()
     branch = find_skip_connections(captured.graph.graph)[0]
     variants = split(captured, branch, rates=RATES, prompt_inputs=[])
-    assert variants.full.prompt is variants.shallow.prompt is None
+    assert variants.full.prompt is variants.cuts[0].shallow.prompt is None
     output, *cache = variants.full.step(x, text)
     torch.testing.assert_close(output, captured.graph(x, text)[0])
-    torch.testing.assert_close(variants.shallow.step(x, text, *cache)[0], output)
+    torch.testing.assert_close(variants.cuts[0].shallow.step(x, text, *cache)[0], output)
 
 
 def test_outputs_that_are_not_kept_are_not_computed() -> None:

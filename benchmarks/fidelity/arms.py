@@ -16,6 +16,8 @@ from benchmarks.fidelity.variations import variations
 
 ORDERS = (1, 2)
 """Of the forecast of the cached feature. Order 0 is repeating it."""
+NESTED_BRANCH = 3
+"""The first skip connection of the second resolution, in UNets with three layers a block."""
 CALIBRATION_IMAGES = 16
 CALIBRATION_TRIALS = 40
 """Schedules tried: about what 15 uncached runs of those images take at 1:3."""
@@ -45,6 +47,11 @@ def all_arms() -> dict[str, Arm]:
         ),
         *(_forecast(order) for order in ORDERS),
         Arm(
+            "nested",
+            f"full at every 2N-th step, from branch {NESTED_BRANCH} on at every other N-th, forecast (linear)",
+            _ours(lambda s: dict(schedule=nested(s.case.interval), forecast=1)),
+        ),
+        Arm(
             "calibrated", "full steps and order of the forecast calibrated, as many full steps as 1:N has", _calibrated
         ),
         Arm(
@@ -65,6 +72,11 @@ def all_arms() -> dict[str, Arm]:
         *variations(),
     ]
     return {arm.name: arm for arm in arms}
+
+
+def nested(interval: int) -> deepcache_fx.Nested:
+    """As many refreshes of the shallowest cache as uniform 1:N has, half of them from a deeper skip connection."""
+    return deepcache_fx.Nested(2 * interval, {NESTED_BRANCH: interval})
 
 
 def power(case: Case) -> deepcache_fx.Power:

@@ -61,6 +61,8 @@ class Scores:
     clip_score: float | None = None
     psnr: float | None = None
     """To the uncached images of the same seeds, in dB, of all pixels of all images together."""
+    psnr_median: float | None = None
+    """Of each image by itself, the median: a few images that come out as others do not count for more than they are."""
     ssim: float | None = None
     lpips: float | None = None
     identical: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,7 @@ class Pairs:
     """How close images are to their counterparts. PSNR is infinite where all are identical: then None."""
 
     psnr: float | None
+    psnr_median: float | None
     ssim: float | None
     lpips: float | None
     identical: float
@@ -90,7 +92,8 @@ class PairDistance:
         """lpips: torchmetrics' metric, made by `load_lpips`; left out where None."""
         self._lpips = lpips
         self._count = self._pixels = self._same = 0
-        self._square = self._ssim = self._distance = 0.0
+        self._ssim = self._distance = 0.0
+        self._square: list[float] = []
 
     def add(self, images: torch.Tensor, reference: torch.Tensor) -> None:
         """Both (count, channels, height, width) in [0, 1]."""
@@ -100,7 +103,7 @@ class PairDistance:
         self._count += count
         self._pixels += images.numel()
         self._same += int((images == reference).flatten(1).all(1).sum())
-        self._square += float((images.double() - reference.double()).square().sum())
+        self._square += (images.double() - reference.double()).square().flatten(1).sum(1).tolist()
         self._ssim += ssim(images, reference) * count
         if self._lpips is not None:
             with torch.no_grad():
@@ -108,10 +111,12 @@ class PairDistance:
                 self._distance += float(self._lpips(*both)) * count
 
     def result(self) -> Pairs:
-        error = self._square / self._pixels
+        error = sum(self._square) / self._pixels
+        median = statistics.median(self._square) * self._count / self._pixels
         mean_ssim = self._ssim / self._count
         return Pairs(
             psnr=-10 * math.log10(error) if error > 0 else None,
+            psnr_median=-10 * math.log10(median) if median > 0 else None,
             ssim=mean_ssim if math.isfinite(mean_ssim) else None,
             lpips=self._distance / self._count if self._lpips is not None else None,
             identical=self._same / self._count,

@@ -23,11 +23,12 @@ INTRODUCTION = """\
 How close images made with a cache are to those made without one, and what they cost. All arms start from the same
 noise; image i has prompt i (in turn) and a seed of its own.
 
-- *calls*: full + shallow calls of the UNet in one run. *MACs*: of these calls, as `deepcache_fx` counts them on its
-  graphs, over those of the uncached run. *time*: the same of measured seconds: the median call of each kind times their
-  number, over what the row's own full calls would take uncached, so that drift between rows cancels. The first call of
-  each kind, which captures or compiles, is left out.
-- *PSNR*, *SSIM*, *LPIPS*: to the uncached images of the same seeds. PSNR is of all pixels together, in dB.
+- *calls*: full + shallow calls of the UNet in one run (full + from branch 3 + shallow for *nested*). *MACs*: of these
+  calls, as `deepcache_fx` counts them on its graphs, over those of the uncached run. *time*: the same of measured
+  seconds: the median call of each kind times their number, over what the row's own full calls would take uncached, so
+  that drift between rows cancels. The first call of each kind, which captures or compiles, is left out.
+- *PSNR*, *SSIM*, *LPIPS*: to the uncached images of the same seeds. PSNR is of all pixels together, in dB; a few images
+  that come out as others decide it. *median*: PSNR of each image by itself, the median.
 - *FID*, *precision*, *recall*: to real images, in the feature space named below the table; they depend on the number of
   images and can be compared within a table only. *agreement*: images in which the classifier sees what was asked for.
 - *fewer-steps* is the honest control: no cache, as many steps as cost the MACs of uniform 1:N. *zeroed* is the negative
@@ -49,7 +50,8 @@ def _decibels(row: Row) -> str:
 
 def _calls(row: Row) -> str:
     calls = row.outcome.calls if row.outcome is not None else ""
-    return f"{calls.count('F')} + {calls.count('s')}"
+    deeper = sorted(set(calls) - {"F", "s"}, reverse=True)
+    return " + ".join(str(calls.count(kind)) for kind in ("F", *deeper, "s"))
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -59,6 +61,7 @@ COLUMNS: tuple[Column, ...] = (
     ("MACs", lambda r: _number(r.outcome.macs_share if r.outcome else None, ".1%")),
     ("time", lambda r: _number(r.outcome.time_share if r.outcome else None, ".1%")),
     ("PSNR", _decibels),
+    ("median", lambda r: _number(r.scores.psnr_median, ".1f")),
     ("SSIM", lambda r: _number(r.scores.ssim, ".4f")),
     ("LPIPS", lambda r: _number(r.scores.lpips, ".4f")),
     ("FID", lambda r: _number(r.scores.fid, ".3f")),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from benchmarks.fidelity.models import Model, UNetCost
 from benchmarks.fidelity.setting import Arm, Setting
 from benchmarks.runner import describe
 from deepcache_fx.errors import DeepCacheError
+from deepcache_fx.runtime import SHALLOW_LETTERS
 
 LARGE = 64 * 64 * 3
 """Values in an image above which uncached images are kept in half precision: 5,000 of 512x512 take 8 GB then."""
@@ -131,7 +133,7 @@ class Sweep:
         parts = batches(case.images, self.batch)
         tally, pairs, timer, times = self.judge.start(), PairDistance(self.lpips), CallTimer(model.device), Times()
         kinds, notes = "", list(self.judge.notes)
-        per_image, once = (cost.full, cost.shallow), 0.0
+        per_image, once = {"F": cost.full, "s": cost.shallow}, 0.0
         with timer.attached(model.pipe.unet), arm.applied(setting):
             steps = arm.steps(setting)
             timer.take()  # a calibration has run the UNet
@@ -143,7 +145,10 @@ class Sweep:
                     report = deepcache_fx.report(model.pipe)
                     kinds = report.last_run
                     counted = report.signatures[-1]  # the one used last
-                    per_image = (counted.full_macs / len(part), counted.shallow_macs / len(part))
+                    macs = [counted.full_macs, *(cut.shallow_macs for cut in counted.cuts)]
+                    per_image = {
+                        kind: each / len(part) for kind, each in zip("F" + SHALLOW_LETTERS, macs, strict=False)
+                    }
                     once = counted.prompt_macs / len(part)
                 times.add(kinds, seconds, len(part))
                 if case == case.group:
@@ -160,19 +165,19 @@ class Sweep:
         scores = tally.scores()
         if case != case.group:
             found = pairs.result()
-            scores = replace(scores, psnr=found.psnr, ssim=found.ssim, lpips=found.lpips, identical=found.identical)
+            scores = replace(scores, **dataclasses.asdict(found))
         uncached_calls = len(reference.outcome.calls) if reference and reference.outcome else len(kinds)
-        macs = kinds.count("F") * per_image[0] + kinds.count("s") * per_image[1] + once
-        full, shallow = (times.quantiles(kind) if arm.timed else None for kind in "Fs")
-        taken = total_seconds(kinds, full, shallow)
+        total = sum(map(per_image.__getitem__, kinds)) + once
+        durations = {kind: times.quantiles(kind) for kind in set(kinds)} if arm.timed else {}
+        taken, full = total_seconds(kinds, durations), durations.get("F")
         return Outcome(
             calls=kinds,
-            macs=macs,
-            macs_share=macs / (uncached_calls * cost.full),
+            macs=total,
+            macs_share=total / (uncached_calls * cost.full),
             scores=scores,
             seconds=taken,
             full_call=full,
-            shallow_call=shallow,
+            shallow_call=durations.get("s"),
             time_share=taken / (uncached_calls * full.median) if taken is not None and full is not None else None,
             notes=tuple(notes),
         )
@@ -184,12 +189,10 @@ class Sweep:
             save_file({"images": images[: self.shown].half().contiguous()}, strip_path(self.work, case))
 
 
-def total_seconds(kinds: str, full: Quantiles | None, shallow: Quantiles | None) -> float | None:
+def total_seconds(kinds: str, durations: Mapping[str, Quantiles | None]) -> float | None:
     """Of a run with these calls, from the median call of each kind; None where a kind has no time."""
-    parts = [(kinds.count("F"), full), (kinds.count("s"), shallow)]
-    if any(count and time is None for count, time in parts):
-        return None
-    return sum(count * time.median for count, time in parts if time is not None)
+    medians = [time.median for kind in kinds if (time := durations.get(kind)) is not None]
+    return sum(medians) if len(medians) == len(kinds) else None
 
 
 def strip_path(work: Path, case: Case) -> Path:

@@ -1,0 +1,183 @@
+"""Steps of several depths: against a plain eager reference, and itself in every way of running."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import deepcache_fx
+from deepcache_fx import BranchError, Nested, Schedule, Steps, Uniform, Window, cuda_graphs
+from tests import models
+from tests.compvis import CompVisUNet, denoise
+from tests.fake_graphs import FakeRecorder
+from tests.oracles import TO_THE_BIT, joins_channels
+
+TIMESTEPS = torch.arange(950, -1, -50)
+SCHEDULE = Nested(6, {1: 3, 2: Steps([4, 9, 16])})
+LETTERS = "FsstusFssussFsstusFs"
+
+
+class NestedOracle:
+    """Runs the module itself, eagerly; operands of `torch.cat` are noted and replaced, branch by branch.
+
+    A forecast is the polynomial by Lagrange's formula through what was noted last.
+    """
+
+    def __init__(self, forward: Any, branches: tuple[int, ...], order: int) -> None:
+        self.forward, self.branches, self.order = forward, branches, order
+        self.count = 0
+        """Of the concatenations: the first call, which runs nothing else, tells."""
+        self.noted: dict[int, list[tuple[int, torch.Tensor]]] = {branch: [] for branch in branches}
+
+    def step(self, number: int, start: int | None, *args: Any) -> Any:
+        """`start` is the branch that the step begins at; None is a full step."""
+        cat, seen = torch.cat, 0
+        self.count = self.count or self._count(cat, args)
+
+        def replacing(tensors: Any, dim: int = 0) -> torch.Tensor:
+            nonlocal seen
+            if joins_channels(tensors, dim):
+                branch = self.count - 1 - seen
+                seen += 1
+                if branch == start:
+                    tensors = [self.forecast(branch, number), tensors[1]]
+                elif branch in self.branches and (start is None or (branch < start and self.order)):
+                    self.noted[branch] = [(number, tensors[0].clone()), *self.noted[branch]][: self.order + 1]
+            return cat(tensors, dim=dim)
+
+        with mock.patch("torch.cat", replacing), torch.no_grad():
+            return self.forward(*args)
+
+    def _count(self, cat: Any, args: Any) -> int:
+        count = 0
+
+        def counting(tensors: Any, dim: int = 0) -> torch.Tensor:
+            nonlocal count
+            count += joins_channels(tensors, dim)
+            return cat(tensors, dim=dim)
+
+        with mock.patch("torch.cat", counting), torch.no_grad():
+            self.forward(*args)
+        return count
+
+    def forecast(self, branch: int, number: int) -> torch.Tensor:
+        points = self.noted[branch]
+        total = torch.zeros_like(points[0][1])
+        for i, (at, value) in enumerate(points):
+            weight = 1.0
+            for j, (other, _) in enumerate(points):
+                weight *= 1 if i == j else (number - other) / (at - other)
+            total = total + weight * value
+        return total
+
+
+def reference(schedule: Schedule, order: int, seed: int = 0) -> torch.Tensor:
+    unet = CompVisUNet()
+    oracle = NestedOracle(unet.forward, (0, *schedule.branches), order)
+    number = -1
+
+    def call(*args: Any) -> Any:
+        nonlocal number
+        number += 1
+        full = number == 0 or schedule.is_full(number, len(TIMESTEPS))
+        return oracle.step(number, None if full else schedule.branch_at(number, len(TIMESTEPS)) or 0, *args)
+
+    return denoise(call, TIMESTEPS, seed)  # type: ignore[arg-type]
+
+
+def optimized(order: int, schedule: Schedule = SCHEDULE, **options: Any) -> CompVisUNet:
+    return deepcache_fx.optimize(CompVisUNet(), schedule=schedule, forecast=order, **options)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_equals_the_operands_replaced_in_plain_eager_code(order: int) -> None:
+    unet = optimized(order, **TO_THE_BIT)
+    result = denoise(unet, TIMESTEPS)
+    torch.testing.assert_close(result, reference(SCHEDULE, order), atol=1e-5, rtol=1e-5)
+    found = deepcache_fx.report(unet)
+    assert found.last_run == LETTERS
+    assert found.calls_by_branch == {0: 11, 1: 2, 2: 3}
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_hoisted_programs_are_close_to_the_plain_ones(order: int) -> None:
+    """Order 0 to rounding; a forecast of what is past a norm is not the same polynomial, but close."""
+    hoisted = denoise(optimized(order, backend="eager"), TIMESTEPS)
+    plain = denoise(optimized(order, **TO_THE_BIT), TIMESTEPS)
+    assert (hoisted - plain).norm() < (1e-2 if order else 1e-5) * plain.norm()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_recorded_steps_give_what_called_ones_give_to_the_bit(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", FakeRecorder)
+    plain = optimized(order, backend="eager", cuda_graphs=False)
+    unet = optimized(order, backend="eager", cuda_graphs=True)
+    for seed in (0, 1, 0):
+        assert torch.equal(denoise(unet, TIMESTEPS, seed), denoise(plain, TIMESTEPS, seed))
+    [signature] = deepcache_fx.report(unet).signatures
+    assert signature.cuda_graphs == "recorded"
+    assert set(signature.first_call_seconds) == {"full", "shallow", "shallow_1", "shallow_2"}
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_two_calls_a_step_do_not_mix_their_caches(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", FakeRecorder)
+    unet, first, second = (optimized(1, backend="eager", cuda_graphs=recorded) for _ in range(3))
+    x, contexts = torch.randn(1, 4, 8, 8), [torch.randn(1, 3, 6) for _ in range(2)]
+    with torch.no_grad():
+        for t in TIMESTEPS:
+            both = [unet(x, t.expand(1), context) for context in contexts]
+            alone = [model(x, t.expand(1), context) for model, context in zip((first, second), contexts, strict=True)]
+            assert all(torch.equal(a, b) for a, b in zip(both, alone, strict=True))
+            x = x - 0.1 * both[0]
+
+
+def test_a_deeper_step_is_closer_to_the_uncached_result() -> None:
+    plain = denoise(CompVisUNet(), TIMESTEPS)
+    schedules = (Uniform(6), Nested(6, {2: 2}))
+    errors = [float((denoise(optimized(1, one, backend="eager"), TIMESTEPS) - plain).norm()) for one in schedules]
+    assert errors[1] < errors[0]
+
+
+def test_a_pipeline_follows_it_and_a_window_passes_it_on() -> None:
+    pipe = models.sd_pipeline()
+    with deepcache_fx.optimized(pipe, schedule=Window(1, -1, Nested(4, {(1, 0): 2})), forecast=1, backend="eager"):
+        models.generate(pipe, 10)
+        found = deepcache_fx.report(pipe)
+    assert found.last_run == "FFstsFstsF"
+    assert [(cut.block, cut.layer) for cut in found.signatures[0].cuts] == [(0, 0), (1, 0)]
+    assert "shallow calls: 4 at branch 0, 2 at branch 3" in str(found)
+
+
+def test_each_cut_has_listings_and_counts() -> None:
+    unet = optimized(1, backend="eager")
+    denoise(unet, TIMESTEPS[:7])
+    found = deepcache_fx.report(unet)
+    [signature] = found.signatures
+    assert {"full", "shallow", "shallow_1", "shallow_2"} <= set(signature.graphs)
+    macs = [cut.shallow_macs for cut in signature.cuts]
+    assert macs == sorted(macs)
+    assert signature.mean_shallow_macs({0: 1, 2: 1}) == round((macs[0] + macs[2]) / 2)
+    assert signature.mean_shallow_macs({}) == macs[0]
+    assert found.cache_bytes == sum(cut.cache_bytes for cut in signature.cuts)
+
+
+def test_a_schedule_with_other_branches_needs_other_programs_and_one_with_the_same_keeps_them() -> None:
+    unet = optimized(1, Nested(6, {1: 3}), backend="eager")
+    denoise(unet, TIMESTEPS[:4])
+    deepcache_fx.optimize(unet, schedule=Nested(4, {1: 2}), forecast=1, backend="eager")
+    denoise(unet, TIMESTEPS[:4])
+    assert deepcache_fx.report(unet).captures == 1
+    deepcache_fx.optimize(unet, schedule=Nested(4, {2: 2}), forecast=1, backend="eager")
+    denoise(unet, TIMESTEPS[:4])
+    assert [cut.branch for cut in deepcache_fx.report(unet).signatures[0].cuts] == [0, 2]
+
+
+@pytest.mark.parametrize("deeper", [0, 1, 99, (7, 7)])
+def test_a_branch_that_is_not_deeper_or_not_there_is_refused(deeper: Any) -> None:
+    unet = deepcache_fx.optimize(CompVisUNet(), branch=1, schedule=Nested(6, {deeper: 3}), backend="eager")
+    with pytest.raises(BranchError, match=r"must be deeper|out of range"):
+        denoise(unet, TIMESTEPS[:2])
