@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,32 +33,44 @@ def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any
     return time.perf_counter() - started, result
 
 
-class StepTimer:
-    """Times every UNet call of a run without making the device wait: by CUDA events, or by the clock on a CPU."""
+class DeviceClock:
+    """Tells times without making the device wait: by CUDA events, or by the clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._marks: list[tuple[Any, Any]] = []
 
-    def __call__(self, index: int, function: Callable[[], Any]) -> Any:
-        start = self._mark()
-        result = function()
-        self._marks.append((start, self._mark()))
-        return result
-
-    def _mark(self) -> Any:
+    def mark(self) -> Any:
+        """A point in time: that of the device, once it has done what was asked of it before."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
-    def seconds(self) -> list[float]:
-        """One per call, in order."""
+    def seconds(self, spans: Sequence[tuple[Any, Any]]) -> list[float]:
+        """From the first to the second mark of each; waits for the device."""
         synchronize(self._device)
         if self._device.type != "cuda":
-            return [end - start for start, end in self._marks]
-        return [start.elapsed_time(end) / 1e3 for start, end in self._marks]
+            return [end - start for start, end in spans]
+        return [start.elapsed_time(end) / 1e3 for start, end in spans]
+
+
+class StepTimer:
+    """Times every UNet call of a run without making the device wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._clock = DeviceClock(device)
+        self._spans: list[tuple[Any, Any]] = []
+
+    def __call__(self, index: int, function: Callable[[], Any]) -> Any:
+        start = self._clock.mark()
+        result = function()
+        self._spans.append((start, self._clock.mark()))
+        return result
+
+    def seconds(self) -> list[float]:
+        """One per call, in order."""
+        return self._clock.seconds(self._spans)
 
 
 class HostTimer:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from deepcache_fx import cli_options as option
 from deepcache_fx.branch import Branch
 from deepcache_fx.errors import DeepCacheError
 
@@ -60,14 +61,6 @@ class ScheduleName(str, enum.Enum):
     power = "power"
 
 
-class DtypeName(str, enum.Enum):
-    """Floating-point types of the weights, by their torch names."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
 def _branch(text: str) -> Branch:
     try:
         numbers = [int(part) for part in text.split(",")]
@@ -101,13 +94,13 @@ def _orders(text: str) -> tuple[int, ...]:
 
 @main.command()
 def compare(
-    model: Annotated[str, typer.Option(help="A pipeline: a directory, or a name on the Hugging Face Hub.")],
+    model: option.Pipeline,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Repeat it for more images. Otherwise: the model's prompts.json, or a landscape."),
     ] = None,
     interval: Annotated[int, typer.Option(min=1, help="1:N caching: every N-th step is full.")] = 3,
-    branch: Annotated[str, typer.Option(help="The skip connection: its number, or block,layer.")] = "0",
+    branch: option.Branch = "0",
     schedule: Annotated[ScheduleName, typer.Option(help="Where the full steps lie.")] = ScheduleName.uniform,
     forecast: Annotated[
         int, typer.Option(min=0, max=2, help="Of the cached feature: 0 repeats it, 1 is linear, 2 quadratic.")
@@ -115,24 +108,20 @@ def compare(
     power: Annotated[float, typer.Option(help="Of the power schedule: how fast full steps thin out.")] = 1.4,
     center: Annotated[int, typer.Option(help="Of the power schedule: the step around which they are dense.")] = 15,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
-    scheduler: Annotated[
-        str | None, typer.Option(help="ddim, pndm, euler, dpm++, unipc, lcm, ...; the model's own if not given.")
-    ] = None,
+    scheduler: option.Scheduler = None,
     refiner: Annotated[str | None, typer.Option(help="An SDXL refiner, for the last 20 % of the denoising.")] = None,
-    seed: Annotated[int, typer.Option(help="Prompt number i starts from the noise of seed + i.")] = 0,
-    dtype: Annotated[
-        DtypeName | None, typer.Option(help="Default: float16 on CUDA, float32 elsewhere.", show_default=False)
-    ] = None,
-    variant: Annotated[str | None, typer.Option(help='Which weights to load, as in "fp16".')] = None,
-    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, eager, inductor, or another torch.compile backend.")] = "auto",
-    guidance_scale: Annotated[float | None, typer.Option(help="The pipeline's own if not given.")] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
+    seed: option.Seed = 0,
+    dtype: option.Dtype = None,
+    variant: option.Variant = None,
+    device: option.Device = None,
+    backend: option.Backend = "auto",
+    guidance_scale: option.GuidanceScale = None,
+    height: option.Pixels = None,
+    width: option.Pixels = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often each pipeline is timed.")] = 3,
     warmup: Annotated[bool, typer.Option(help="Run each once before it is timed.")] = True,
     out: Annotated[Path, typer.Option(help="The picture: baseline above, optimised below.")] = Path("output.png"),
-    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+    json: option.Json = None,
 ) -> None:
     """Run a text-to-image pipeline without and with caching: times, similarity, a picture of both."""
     from deepcache_fx import cli_compare
@@ -166,12 +155,12 @@ def compare(
 
 @main.command()
 def plan(
-    model: Annotated[str, typer.Option(help="A preset, the directory of a pipeline or UNet, or a name on the Hub.")],
+    model: option.Model,
     height: Annotated[int | None, typer.Option(min=1, help="Of the picture, in pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Of the picture, in pixels.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples in one UNet call; guidance doubles them.")] = None,
-    dtype: Annotated[DtypeName, typer.Option(help="Decides the size of the cache.")] = DtypeName.float16,
-    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+    batch: option.Batch = None,
+    dtype: option.CacheDtype = option.DtypeName.float16,
+    json: option.Json = None,
 ) -> None:
     """What each skip connection would save: arithmetic, cache size, speed-up bound. Needs no weights."""
     from deepcache_fx.cli_plan import plan_command
@@ -181,13 +170,13 @@ def plan(
 
 @main.command()
 def draw(
-    model: Annotated[str, typer.Option(help="A preset, the directory of a pipeline or UNet, or a name on the Hub.")],
+    model: option.Model,
     out: Annotated[Path, typer.Option(help="The picture, an SVG file.")] = Path("unet.svg"),
     branch: Annotated[str, typer.Option(help="The skip connection to cut at: its number, or block,layer.")] = "0",
     height: Annotated[int | None, typer.Option(min=1, help="Of the model's pictures, in pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Of the model's pictures, in pixels.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples in one UNet call; guidance doubles them.")] = None,
-    dtype: Annotated[DtypeName, typer.Option(help="Decides the size of the cache.")] = DtypeName.float16,
+    batch: option.Batch = None,
+    dtype: option.CacheDtype = option.DtypeName.float16,
 ) -> None:
     """Draw the UNet as an SVG file: what runs at every step, what is cached, what each part costs. Needs no weights."""
     from deepcache_fx.cli_draw import draw_command
@@ -205,7 +194,7 @@ class MetricName(str, enum.Enum):
 
 @main.command()
 def calibrate(
-    model: Annotated[str, typer.Option(help="A pipeline: a directory, or a name on the Hugging Face Hub.")],
+    model: option.Pipeline,
     out: Annotated[Path, typer.Option(help="The schedule, a JSON file. An interrupted search goes on from it.")],
     budget: Annotated[
         str | None, typer.Option(help="Full steps, as 17, or a share of the uncached arithmetic, as 0.4.")
@@ -217,24 +206,20 @@ def calibrate(
         list[str] | None, typer.Option(help="Repeat it: 16 or more are best. Otherwise: the model's prompts.json.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps; the schedule is for this number alone.")] = 50,
-    scheduler: Annotated[
-        str | None, typer.Option(help="ddim, pndm, euler, dpm++, unipc, lcm, ...; the model's own if not given.")
-    ] = None,
+    scheduler: option.Scheduler = None,
     forecast: Annotated[str, typer.Option(help="Orders of the forecast to choose from.")] = "0,1,2",
-    branch: Annotated[str, typer.Option(help="The skip connection: its number, or block,layer.")] = "0",
+    branch: option.Branch = "0",
     metric: Annotated[MetricName, typer.Option(help="What is compared.")] = MetricName.latents,
     trials: Annotated[int, typer.Option(min=1, help="How many schedules may be tried.")] = 100,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; all of them if not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Prompt number i starts from the noise of seed + i.")] = 0,
-    dtype: Annotated[
-        DtypeName | None, typer.Option(help="Default: float16 on CUDA, float32 elsewhere.", show_default=False)
-    ] = None,
-    variant: Annotated[str | None, typer.Option(help='Which weights to load, as in "fp16".')] = None,
-    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, eager, inductor, or another torch.compile backend.")] = "auto",
-    guidance_scale: Annotated[float | None, typer.Option(help="The pipeline's own if not given.")] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
+    seed: option.Seed = 0,
+    dtype: option.Dtype = None,
+    variant: option.Variant = None,
+    device: option.Device = None,
+    backend: option.Backend = "auto",
+    guidance_scale: option.GuidanceScale = None,
+    height: option.Pixels = None,
+    width: option.Pixels = None,
 ) -> None:
     """Search for the full steps that bring a model's images closest to the uncached ones, at a given cost."""
     from deepcache_fx.cli_calibrate import CalibrationRequest, calibrate_command

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from deepcache_fx import files, loading
 from deepcache_fx.branch import Branch
-from deepcache_fx.calibrate import Progress as TrialProgress
 from deepcache_fx.calibrate import calibrate
 from deepcache_fx.calibrated import Calibrated
+from deepcache_fx.cli_progress import progress_bar
 from deepcache_fx.errors import DeepCacheError
 
 
@@ -69,7 +68,7 @@ def calibrate_command(request: CalibrationRequest) -> Calibrated:
             pipe = loading.load_pipeline(request.model, dtype=dtype, device=device, variant=request.variant)
         if request.scheduler is not None:
             loading.use_scheduler(pipe, request.scheduler)
-        with _trial_bar(console) as progress:
+        with progress_bar(console, time_stages=False) as progress:
             try:
                 found = calibrate(
                     pipe,
@@ -98,23 +97,6 @@ def calibrate_command(request: CalibrationRequest) -> Calibrated:
     output.print(_table(found, request.model))
     output.print(f"schedule: {request.out}", markup=False, highlight=False, soft_wrap=True)
     return found
-
-
-@contextmanager
-def _trial_bar(console: Console) -> Iterator[TrialProgress]:
-    """A function (stage, done, total) that shows one bar, or nothing where stderr is no terminal."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, refresh_per_second=4
-    ) as bars:
-        task = bars.add_task("", total=None)
-        yield lambda stage, done, total: bars.update(task, description=stage, completed=done, total=total)
 
 
 def _table(found: Calibrated, model: str) -> Table:

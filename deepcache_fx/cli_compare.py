@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from deepcache_fx import files, loading, picture
 from deepcache_fx.branch import Branch
+from deepcache_fx.cli_progress import progress_bar
 from deepcache_fx.compare import Comparison, compare
 from deepcache_fx.compare import Progress as StepProgress
 from deepcache_fx.comparison import describe_psnr, describe_ssim
@@ -66,7 +66,7 @@ def compare_command(request: Request) -> None:
     console = Console(stderr=True)
     with loading.quiet(keep_download_bars=not local):
         pipes = _load(request, device, dtype, console, spin=local)
-        with _sampling_bars(console) as progress:
+        with progress_bar(console, time_stages=True) as progress:
             found = _compare(request, prompts, pipes, progress)
     picture.save(picture.draw_comparison(found), request.out)
     settings = {
@@ -139,32 +139,6 @@ def _check(request: Request) -> None:
     for path in (request.out, request.json):
         if path is not None:
             files.check_writable(path)
-
-
-@contextmanager
-def _sampling_bars(console: Console) -> Iterator[StepProgress]:
-    """A function (stage, done, total) that shows one bar, or nothing where stderr is no terminal."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, refresh_per_second=4
-    ) as bars:
-        task = bars.add_task("", total=None)
-        shown = ""
-
-        def show(stage: str, done: int, total: int) -> None:
-            nonlocal shown
-            if stage != shown:
-                bars.reset(task, description=stage, total=total)
-                shown = stage
-            bars.update(task, completed=done, total=total)
-
-        yield show
 
 
 def _table(found: Comparison, settings: Mapping[str, Any]) -> Table:

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
-from deepcache_fx import loading
 from deepcache_fx.branch import Branch
-from deepcache_fx.cli_plan import DTYPES, latent_pixels, read_model
+from deepcache_fx.cli_model import named_model
 from deepcache_fx.draw import check_path, draw
-from deepcache_fx.errors import DeepCacheError
-from deepcache_fx.example_inputs import example_inputs
-from deepcache_fx.presets import PRESETS, build_unet
 
 
 def draw_command(
@@ -43,18 +37,6 @@ def draw_command(
     Example:
         >>> draw_command("sd15", Path("unet.svg"), branch=1)
     """
-    if dtype not in DTYPES:
-        raise DeepCacheError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     check_path(out)
-    progress = Console(stderr=True)
-    with loading.quiet(), progress.status(f"reading the configuration of {model}") as status:
-        preset = PRESETS.get(model)
-        config, scale = (preset.config, preset.scale) if preset else read_model(model)
-        unet = build_unet(config, dtype=DTYPES[dtype])
-        sizes = dict(
-            batch=batch, height=latent_pixels("height", height, scale), width=latent_pixels("width", width, scale)
-        )
-        given = {name: size for name, size in sizes.items() if size is not None}
-        inputs = preset.inputs(unet, **given) if preset else example_inputs(unet, **given)
-        status.update(f"capturing {type(unet).__name__}")
-        draw(unet, out, branch=branch, example_inputs=inputs)
+    with named_model(model, height=height, width=width, batch=batch, dtype=dtype) as found:
+        draw(found.unet, out, branch=branch, example_inputs=found.inputs)

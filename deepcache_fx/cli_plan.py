@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deepcache_fx import files, loading
-from deepcache_fx.errors import DeepCacheError
-from deepcache_fx.example_inputs import example_inputs
+from deepcache_fx import files
+from deepcache_fx.cli_model import named_model
 from deepcache_fx.plan import Plan, plan
-from deepcache_fx.presets import PRESETS, build_unet
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def plan_command(
@@ -48,72 +41,14 @@ def plan_command(
     Raises:
         DeepCacheError: in one line, what cannot be found, built, captured or written.
     """
-    if dtype not in DTYPES:
-        raise DeepCacheError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if json is not None:
         files.check_writable(json)
-    progress = Console(stderr=True)
-    with loading.quiet(), progress.status(f"reading the configuration of {model}") as status:
-        preset = PRESETS.get(model)
-        config, scale = (preset.config, preset.scale) if preset else read_model(model)
-        unet = build_unet(config, dtype=DTYPES[dtype])
-        sizes = dict(
-            batch=batch, height=latent_pixels("height", height, scale), width=latent_pixels("width", width, scale)
-        )
-        given = {name: size for name, size in sizes.items() if size is not None}
-        inputs = preset.inputs(unet, **given) if preset else example_inputs(unet, **given)
-        status.update(f"capturing {type(unet).__name__}")
-        result = plan(unet, example_inputs=inputs, intervals=intervals)
+    with named_model(model, height=height, width=width, batch=batch, dtype=dtype) as found:
+        result = plan(found.unet, example_inputs=found.inputs, intervals=intervals)
     if json is not None:
         files.write_json(json, {"name": model, **result.to_dict()})
-    _print(result, preset.source if preset else model, console or Console())
+    _print(result, found.source, console or Console())
     return result
-
-
-def read_model(model: str) -> tuple[Mapping[str, Any], int]:
-    """The UNet's configuration in a directory or a repository of the Hub, and pixels of the picture per latent pixel.
-
-    Raises:
-        DeepCacheError: there is no such place, or no UNet in it.
-    """
-    path = Path(model).expanduser()
-    if not path.is_dir() and (path.exists() or model.count("/") != 1 or model.startswith((".", "~", "/"))):
-        raise DeepCacheError(f"{model} is no preset ({', '.join(PRESETS)}), no directory and no name on the Hub")
-    where = str(path) if path.is_dir() else model
-    try:
-        try:
-            config = _read_config(where, "unet")
-        except OSError:
-            config = _read_config(where, None)  # a UNet alone; old pipelines have theirs here too
-    except OSError as error:
-        raise DeepCacheError(f"no UNet is found in {model}: {' '.join(str(error).split())}") from error
-    levels: Sequence[int] = (1,)
-    for autoencoder in ("vae", "vqvae", "movq"):
-        with contextlib.suppress(OSError):
-            found = _read_config(where, autoencoder)
-            levels = found.get("block_out_channels") or found.get("encoder_block_out_channels") or levels
-            break
-    return config, 2 ** (len(levels) - 1)
-
-
-def _read_config(where: str, folder: str | None) -> Mapping[str, Any]:
-    """config.json of a part of a pipeline. Raises OSError where there is none."""
-    from diffusers import UNet2DConditionModel  # any class reads that of any other
-
-    file = Path(where, folder or "", "config.json")
-    if Path(where).is_dir() and not file.is_file():  # diffusers would take the one in the directory above instead
-        raise FileNotFoundError(f"there is no {file}")
-    config = UNet2DConditionModel.load_config(where, subfolder=folder)
-    assert isinstance(config, Mapping)
-    return config
-
-
-def latent_pixels(name: str, pixels: int | None, scale: int) -> int | None:
-    if pixels is None:
-        return None
-    if pixels % scale:
-        raise DeepCacheError(f"{name} must be a multiple of {scale}, the size of a latent pixel; got {pixels}")
-    return pixels // scale
 
 
 def _print(result: Plan, source: str, console: Console) -> None:

@@ -285,7 +285,7 @@ class Companions:
         self._each = [known for known in self._each if known.runtime() is not None] + [companion]
 
     def remove(self, companion: Companion) -> None:
-        self._each = [known for known in self._each if known is not companion]
+        self._each = [known for known in self._each if known is not companion and known.runtime() is not None]
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """By the companion of the UNet that is running: the one whose scheduler was last heard of."""

@@ -116,12 +116,18 @@ class Fingerprint:
         self._known = now
         return now.settings
 
+    def expire(self) -> None:
+        """Have it read again at the next look, whether or not anything has changed."""
+        if self._known is not None:
+            self._known = replace(self._known, module=None)
+
 
 @dataclass(frozen=True)
 class _Model:
     """A model as it was read."""
 
-    module: torch.nn.Module
+    module: torch.nn.Module | None
+    """None: to be read again."""
     settings: Settings
     settings_read: Reading
     layers_read: Reading

@@ -2,44 +2,66 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import MutableMapping
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 DEVICE_TYPES = ("cuda",)
 """Where convolutions want channels-last weights."""
+
+_LOCK = threading.Lock()
+
+_users: MutableMapping[torch.Tensor, weakref.WeakSet[ChannelsLastWeights]] = WeakTensorKeyDictionary()
+"""Of every converted weight, whose programs read it: two UNets may share a ControlNet."""
 
 
 class ChannelsLastWeights:
     """Converts a model's 2-d convolution weights in place, and back.
 
     A parameter stays the same object; only `parameter.data` changes its strides. 1x1 convolutions are left alone: their
-    weights are the same memory in both formats.
+    weights are the same memory in both formats. What several use stays converted until the last of them undoes it.
     """
 
     def __init__(self) -> None:
-        self._converted: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._used: dict[int, weakref.ref[torch.Tensor]] = {}
 
     def convert(self, module: torch.nn.Module) -> int:
-        """Make every contiguous `Conv2d` weight channels-last; the number of weights converted."""
-        before = len(self._converted)
-        for conv in module.modules():
-            if not isinstance(conv, torch.nn.Conv2d) or not _in_channels_first(conv.weight):
-                continue
-            weight = conv.weight
-            with torch.inference_mode(False):  # else no gradient could ever be taken of it
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-            self._converted[id(weight)] = weakref.ref(weight)
-        return len(self._converted) - before
+        """Make every contiguous `Conv2d` weight channels-last; the number of weights converted now."""
+        count = 0
+        with _LOCK:
+            for conv in module.modules():
+                if not isinstance(conv, torch.nn.Conv2d):
+                    continue
+                weight = conv.weight
+                if _in_channels_first(weight):
+                    with torch.inference_mode(False):  # else no gradient could ever be taken of it
+                        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+                    count += 1
+                elif weight not in _users:
+                    continue
+                _users.setdefault(weight, weakref.WeakSet()).add(self)
+                self._used[id(weight)] = weakref.ref(weight)
+        return count
 
     def undo(self) -> None:
-        """Give every converted weight its contiguous format back, whatever its values are by now."""
-        for reference in self._converted.values():
-            weight = reference()
-            if weight is not None and weight.is_contiguous(memory_format=torch.channels_last):
-                with torch.inference_mode(False):
-                    weight.data = weight.data.contiguous()
-        self._converted.clear()
+        """Give the weights that nobody else uses their contiguous format back, whatever their values are by now."""
+        with _LOCK:
+            for reference in self._used.values():
+                weight = reference()
+                if weight is None:
+                    continue
+                users = _users[weight]
+                users.discard(self)
+                if users:
+                    continue
+                del _users[weight]
+                if weight.is_contiguous(memory_format=torch.channels_last):
+                    with torch.inference_mode(False):
+                        weight.data = weight.data.contiguous()
+            self._used.clear()
 
 
 def _in_channels_first(weight: torch.Tensor) -> bool:

@@ -68,3 +68,4 @@ class ModelState:
         """Give the model's weights the strides and the memory that they had, whatever their values are by now."""
         self._format.undo()
         self.layout.undo()
+        self._fingerprint.expire()  # else what another model's programs keep as it is would count as ours

@@ -17,6 +17,7 @@ import benchmarks.arms
 import benchmarks.runner
 import benchmarks.setup
 import benchmarks.subjects
+from benchmarks import settings_check
 from benchmarks.arms import Arm, Prepared, all_arms
 from benchmarks.call_profile import _union, profile_call
 from benchmarks.cases import Case, Derived, Measured, Quantiles, Result, Work, derive, over
@@ -562,3 +563,18 @@ def test_results_hold_no_host_name_and_no_directory() -> None:
     assert socket.gethostname() not in text
     assert {"commit", "command", "torch", "diffusers", "python", "threads"} <= set(facts)
     assert describe(ValueError("see /a/b/c.py:3")) == "ValueError: see c.py:3"
+
+
+def test_every_look_at_a_models_settings_is_timed_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "looks.json"
+    monkeypatch.setattr("sys.argv", ["settings_check", "--model", "tiny", "--rounds", "5", "--json", str(path)])
+    settings_check.main()
+    written = json.loads(path.read_text())
+    (row,) = written["models"]
+    assert (row["model"], row["call"]["repeated"]["count"]) == ("tiny", 5)
+    assert all(0 < row[look]["fastest"] <= row[look]["repeated"]["low"] for look in ("call", "run", "read"))
+    assert row["call"]["fastest"] < row["run"]["fastest"] < row["read"]["fastest"]
+    assert written["environment"]["device_name"]
+    assert "tiny" in capsys.readouterr().out

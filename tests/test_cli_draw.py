@@ -1,4 +1,4 @@
-"""The `draw` command: where models are found, what is written, and errors of one line."""
+"""The `draw` command: what is written, and errors of one line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
-from deepcache_fx import DeepCacheError, cli
-from deepcache_fx.cli_draw import draw_command
+from deepcache_fx import cli
 from tests import small
 
 
@@ -77,8 +76,3 @@ def test_every_mistake_is_one_line_and_writes_nothing(
     assert error.count("\n") == 1
     assert message in error
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DeepCacheError, match="dtype must be one of float32, float16, bfloat16, got 'int8'"):
-        draw_command("sd15", tmp_path / "unet.svg", dtype="int8")

@@ -23,6 +23,7 @@ from benchmarks.fidelity.__main__ import main as fidelity_main
 from benchmarks.fidelity.arms import all_arms, equal_macs_steps, nested, select
 from benchmarks.fidelity.cases import SAMPLERS, Case, Outcome, Row, RowsFile, Scores, is_rows_file, read_rows
 from benchmarks.fidelity.class_conditional import ClassConditionalPipeline, load
+from benchmarks.fidelity.clock import CallTimer
 from benchmarks.fidelity.judges import fashion_judge, hub_judge, load_inception
 from benchmarks.fidelity.metrics import PairDistance, Pairs, SetDistance, coverage
 from benchmarks.fidelity.models import Model, UNetCost, load_model
@@ -526,3 +527,15 @@ def test_hooks_are_gone_after_an_arm(sweep: Sweep) -> None:
     sweep.run([CASE, case("zeroed", 2)])
     hooks: Callable[[torch.nn.Module], int] = lambda m: len(m._forward_hooks) + len(m._forward_pre_hooks)  # noqa: E731
     assert sum(map(hooks, sweep.model.pipe.unet.modules())) == 0
+
+
+def test_a_call_timer_gives_the_times_since_it_was_last_asked() -> None:
+    timer, layer = CallTimer(torch.device("cpu")), torch.nn.Linear(2, 2)
+    with timer.attached(layer):
+        layer(torch.ones(2))
+        layer(torch.zeros(2))
+        assert [seconds > 0 for seconds in timer.take()] == [True, True]
+        layer(torch.ones(2))
+    layer(torch.zeros(2))
+    assert len(timer.take()) == 1
+    assert torch.equal(timer.arguments[0][0], torch.ones(2))

@@ -138,6 +138,16 @@ def test_equal_values_in_new_objects_are_read_again_and_are_no_change() -> None:
     assert kept.known(model, thorough=False) is None
 
 
+def test_what_has_expired_is_read_again_and_is_no_change() -> None:
+    model, kept = Model(), Fingerprint()
+    kept.expire()  # of nothing
+    before = kept.read(model)
+    kept.expire()
+    assert kept.known(model, thorough=True) is kept.known(model, thorough=False) is None
+    assert kept.read(model) is before
+    assert kept.known(model, thorough=True) is before
+
+
 def test_another_model_is_not_taken_for_the_one_that_was_read() -> None:
     kept = Fingerprint()
     kept.read(Model())

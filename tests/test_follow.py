@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import weakref
 from typing import Any
 
@@ -14,11 +15,13 @@ from accelerate import cpu_offload_with_hook
 from diffusers import ControlNetModel, MultiControlNetModel
 
 import deepcache_fx
+from deepcache_fx import memory_format
 from deepcache_fx.attach import attached_to, runtime_of
 from deepcache_fx.report import CompanionReport
 from tests.oracles import TO_THE_BIT, specified
 from tests.pipelines import NO_CHECKER, Case, controlnet, like_sd, one_controlnet, several_controlnets, unet
 from tests.test_companion import companion, denoise
+from tests.test_memory_format import formats
 
 
 def latents(case: Case, run: int = 0) -> torch.Tensor:
@@ -137,6 +140,79 @@ def test_a_controlnet_shared_by_two_pipelines_serves_the_unet_that_runs() -> Non
     latents(first)
     deepcache_fx.restore(other)
     assert is_plain(other.controlnet)
+
+
+def two_of_one_controlnet() -> tuple[Any, Any]:
+    first = one_controlnet()
+    other = unet(mid_block_type="UNetMidBlock2DCrossAttn")
+    second = like_sd(diffusers.StableDiffusionControlNetPipeline, other, controlnet=first.pipe.controlnet, **NO_CHECKER)
+    return first.pipe, second
+
+
+@pytest.mark.parametrize("first_to_run", [0, 1])
+def test_restoring_one_unet_within_a_run_of_another_keeps_the_shared_weights_formatted(
+    first_to_run: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs of the other were compiled for weights that lie as they do."""
+    monkeypatch.setattr(memory_format, "DEVICE_TYPES", ("cpu",))
+    pipes = two_of_one_controlnet()
+    network = pipes[0].controlnet
+    gone, left = pipes[first_to_run], pipes[1 - first_to_run]
+    found: list[set[bool]] = []
+    calls = itertools.count()
+
+    def turn() -> None:
+        if next(calls) == 3:
+            deepcache_fx.restore(gone)
+        found.append(formats(network))
+
+    with torch.no_grad():
+        for pipe in pipes:
+            deepcache_fx.optimize(pipe, 3, backend="aot_eager")
+        for pipe in (gone, left):
+            denoise(pipe, steps=2)
+        changed = denoise(left, turn=turn)
+    assert found == [{True}] * 7
+    assert companion(left).last_run == "FssFssF"
+    assert companion(left).captures == 1
+    deepcache_fx.restore(left)
+    assert formats(network) == {False}
+    assert is_plain(network)
+    with specified(left, {0, 3, 6}, 0), torch.no_grad():
+        expected = denoise(left)
+    torch.testing.assert_close(changed, expected, atol=1e-3, rtol=0)
+
+
+def test_one_that_comes_back_counts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it finds is as it left it, for the other's programs had kept it so."""
+    monkeypatch.setattr(memory_format, "DEVICE_TYPES", ("cpu",))
+    back, gone = two_of_one_controlnet()
+    network = back.controlnet
+    with torch.no_grad():
+        for pipe in (back, gone):
+            deepcache_fx.optimize(pipe, 3, backend="aot_eager")
+            denoise(pipe, steps=2)
+        with deepcache_fx.optimized(back, 3, backend="eager"):
+            denoise(back, steps=2)
+        denoise(back, steps=2)
+        deepcache_fx.restore(gone)
+        assert formats(network) == {True}
+        assert companion(back).captures == 1
+        deepcache_fx.restore(back)
+        assert formats(network) == {False}
+
+
+def test_the_last_unet_that_is_left_gives_the_controlnet_back() -> None:
+    """Not one that is gone."""
+    gone, left = two_of_one_controlnet()
+    for pipe in (left, gone):
+        deepcache_fx.optimize(pipe, 3, **TO_THE_BIT)
+    held = weakref.ref(gone.unet)
+    del gone, pipe
+    gc.collect()
+    assert held() is None
+    deepcache_fx.restore(left)
+    assert is_plain(left.controlnet)
 
 
 def test_two_pipelines_of_one_unet_have_a_controlnet_each() -> None:

@@ -48,6 +48,32 @@ def test_undo_keeps_what_was_loaded_meanwhile_and_what_the_user_had_made_channel
     assert own.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_what_two_use_stays_until_the_last_undoes_it() -> None:
+    shared, own = nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3)
+    first, second = ChannelsLastWeights(), ChannelsLastWeights()
+    assert first.convert(nn.Sequential(shared, own)) == 2
+    assert second.convert(shared) == 0
+    first.undo()
+    assert (formats(shared), formats(own)) == ({True}, {False})
+    first.undo()  # and a second time it does nothing
+    assert formats(shared) == {True}
+    assert first.convert(nn.Sequential(shared, own)) == 1
+    second.undo()
+    assert formats(shared) == {True}
+    first.undo()
+    assert formats(shared) == {False}
+
+
+def test_one_that_is_gone_keeps_nothing_as_it_is() -> None:
+    conv = nn.Conv2d(4, 8, 3)
+    gone, left = ChannelsLastWeights(), ChannelsLastWeights()
+    gone.convert(conv)
+    left.convert(conv)
+    del gone
+    left.undo()
+    assert formats(conv) == {False}
+
+
 def test_a_1x1_convolution_and_other_weights_are_left_alone() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv1d(4, 8, 3), nn.Linear(4, 4))
     assert ChannelsLastWeights().convert(model) == 0

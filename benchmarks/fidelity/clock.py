@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from benchmarks.measure import synchronize
+from benchmarks.measure import DeviceClock
 
 
 class CallTimer:
-    """Times every UNet call, without making the device wait: by CUDA events, or by the clock on a CPU.
+    """Times every UNet call, without making the device wait.
 
     Attached once for all runs of an arm: `deepcache_fx` takes hooks for a part of the model, and captures anew where
     they change.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._marks: list[tuple[Any, Any]] = []
+        self._clock = DeviceClock(device)
+        self._spans: list[tuple[Any, Any]] = []
         self._start: Any = None
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         """Of the last call."""
@@ -38,22 +37,12 @@ class CallTimer:
 
     def take(self) -> list[float]:
         """Seconds of the calls since the last `take`, in order."""
-        synchronize(self._device)
-        marks, self._marks = self._marks, []
-        if self._device.type != "cuda":
-            return [end - start for start, end in marks]
-        return [start.elapsed_time(end) / 1e3 for start, end in marks]
+        spans, self._spans = self._spans, []
+        return self._clock.seconds(spans)
 
     def _before(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.arguments = args, kwargs
-        self._start = self._mark()
+        self._start = self._clock.mark()
 
     def _after(self, unet: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._marks.append((self._start, self._mark()))
-
-    def _mark(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+        self._spans.append((self._start, self._clock.mark()))

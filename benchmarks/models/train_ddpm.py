@@ -17,17 +17,16 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import fashion
 from benchmarks.environment import environment
 from benchmarks.fidelity.own_score import own_score
+from benchmarks.models import training
 
 AVERAGE_EVERY = 4
 """Steps from one update of the averaged weights to the next: each update walks over all of them."""
@@ -36,16 +35,9 @@ WARMUP = 200
 
 
 def parse_args() -> argparse.Namespace:
-    here = Path(__file__).parent
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=here / "fashion-ddpm", help="where the model is saved")
-    parser.add_argument("--work", type=Path, default=Path("build/train-ddpm"), help="checkpoint; a rerun resumes here")
+    parser = training.options(__doc__, out="fashion-ddpm", work="train-ddpm", lr=1e-3)
     parser.add_argument("--minutes", type=float, default=75.0, help="time for training, over all resumed runs")
     parser.add_argument("--save-minutes", type=float, default=3.0, help="time from one checkpoint to the next")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--samples", type=int, default=1000, help="images judged at the end; 0 judges nothing")
     return parser.parse_args()
 
@@ -67,11 +59,6 @@ def make_unet() -> UNet2DModel:
 
 def make_scheduler() -> DDPMScheduler:
     return DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True)
-
-
-def to_model(images: torch.Tensor) -> torch.Tensor:
-    """(count, 1, 28, 28) in [0, 1] to (count, 1, 32, 32) in [-1, 1]."""
-    return F.pad(images, (2, 2, 2, 2)) * 2 - 1
 
 
 def rate(step: int, share: float) -> float:
@@ -102,29 +89,27 @@ class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.unet = make_unet().to(args.device)
-        self.mean = {k: v.detach().clone() for k, v in self.unet.state_dict().items()}
+        self.mean = training.copies(self.unet)
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), args.lr, weight_decay=1e-2, betas=(0.9, 0.99), fused=True
         )
         self.alphas = make_scheduler().alphas_cumprod.to(args.device)
         self.state = State()
         self.checkpoint = args.work / "unet.pt"
-        if self.checkpoint.exists():
-            saved = torch.load(self.checkpoint, map_location=args.device, weights_only=True)
+        saved = training.load_checkpoint(self.checkpoint, args.device)
+        if saved is not None:
             self.unet.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.mean, self.state = saved["mean"], State(**saved["state"])
 
     def save(self) -> None:
-        part = self.checkpoint.with_suffix(".part")
         saved = {
             "model": self.unet.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "mean": self.mean,
             "state": asdict(self.state),
         }
-        torch.save(saved, part)
-        part.replace(self.checkpoint)
+        training.save_checkpoint(self.checkpoint, saved)
 
     def predict(
         self, unet: UNet2DModel, clean: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
@@ -139,7 +124,7 @@ class Trainer:
     def train_step(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> float:
         args, state = self.args, self.state
         pick = torch.randint(len(images), (args.batch,), generator=generator)
-        clean = to_model(images[pick]).to(args.device)
+        clean = training.pad32(images[pick]).to(args.device)
         t = stratified(args.batch, len(self.alphas), generator).to(args.device)
         noise = torch.randn(clean.shape, generator=generator).to(args.device)
         snr = self.alphas[t] / (1 - self.alphas[t])
@@ -152,9 +137,7 @@ class Trainer:
         self.optimizer.step()
         state.step += 1
         if state.step % AVERAGE_EVERY == 0:
-            decay = min(0.999, state.step / (state.step + 10)) ** AVERAGE_EVERY
-            for key, value in self.unet.state_dict().items():
-                self.mean[key].lerp_(value, 1 - decay)
+            training.average(self.mean, self.unet, min(0.999, state.step / (state.step + 10)) ** AVERAGE_EVERY)
         return float(loss)
 
     @torch.no_grad()
@@ -163,7 +146,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(1)
         unet = self.averaged()
         t = stratified(len(images), len(self.alphas), generator).to(self.args.device)
-        clean = to_model(images)
+        clean = training.pad32(images)
         noise = torch.randn(clean.shape, generator=generator)
         parts = (x.to(self.args.device).split(128) for x in (clean, labels, t, noise))
         return torch.cat([self.predict(unet, *part) for part in zip(*parts, strict=True)]).mean().item()
@@ -217,8 +200,7 @@ def train(args: argparse.Namespace) -> tuple[UNet2DModel, State]:
 
 def main() -> None:
     args = parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
+    training.begin(args)
     unet, state = train(args)
     DDPMPipeline(unet.to("cpu", torch.float16), make_scheduler()).save_pretrained(args.out, safe_serialization=True)
     record: dict[str, Any] = {
@@ -234,7 +216,7 @@ def main() -> None:
     }
     if args.samples:
         record["score"] = own_score(args.out, args.samples)
-    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    training.write_record(args.out, record)
     print(json.dumps(record, indent=2))
 
 

@@ -26,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks import fashion
 from benchmarks.environment import environment
+from benchmarks.models import training
 
 MAX_TOKENS = 16
 TEXT_WIDTH = 96
@@ -34,18 +35,11 @@ AVERAGE_EVERY = 8
 
 
 def parse_args() -> argparse.Namespace:
-    here = Path(__file__).parent
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=here / "fashion-t2i", help="where the pipeline is saved")
-    parser.add_argument("--work", type=Path, default=Path("build/train-t2i"), help="checkpoints; a rerun resumes here")
-    parser.add_argument("--classifier", type=Path, default=here / "fashion-classifier.safetensors")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = training.options(__doc__, out="fashion-t2i", work="train-t2i", lr=8e-4)
+    parser.add_argument("--classifier", type=Path, default=Path(__file__).parent / "fashion-classifier.safetensors")
     parser.add_argument("--classifier-steps", type=int, default=1400)
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--unet-steps", type=int, default=2300)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--samples", type=int, default=200, help="images judged by the classifier at the end")
     return parser.parse_args()
 
@@ -65,11 +59,6 @@ def cosine(step: int, total: int, warmup: int = 100) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def pad32(images: torch.Tensor) -> torch.Tensor:
-    """(count, 1, 28, 28) in [0, 1] to (count, 1, 32, 32) in [-1, 1]."""
-    return F.pad(images, (2, 2, 2, 2)) * 2 - 1
 
 
 def train_classifier(args: argparse.Namespace) -> fashion.Classifier:
@@ -128,7 +117,7 @@ def train_vae(args: argparse.Namespace, images: torch.Tensor) -> AutoencoderKL:
     with bar() as progress:
         task = progress.add_task("autoencoder", total=args.vae_steps, loss=0.0)
         for _ in range(args.vae_steps):
-            batch = pad32(images[torch.randint(len(images), (32,))].to(args.device))
+            batch = training.pad32(images[torch.randint(len(images), (32,))].to(args.device))
             with torch.autocast(args.device, torch.bfloat16):
                 posterior = vae.encode(batch).latent_dist
                 decoded = vae.decode(posterior.sample()).sample.float()
@@ -154,7 +143,7 @@ def encode_all(args: argparse.Namespace, vae: AutoencoderKL, images: torch.Tenso
             task = progress.add_task("latents", total=len(images), loss=0.0)
             for part in images.split(200):
                 with torch.autocast(args.device, torch.bfloat16):
-                    latents.append(vae.encode(pad32(part.to(args.device))).latent_dist.mode().half().cpu())
+                    latents.append(vae.encode(training.pad32(part.to(args.device))).latent_dist.mode().half().cpu())
                 progress.update(task, advance=len(part))
         save_file({"latents": torch.cat(latents).contiguous()}, checkpoint)
     latents = load_file(checkpoint)["latents"].float()
@@ -233,31 +222,27 @@ def train_unet(
     unet = make_unet().to(args.device, memory_format=torch.channels_last)
     text_encoder = make_text_encoder(tokenizer).to(args.device)
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    mean = {k: v.detach().clone() for k, v in both.state_dict().items()}
+    mean = training.copies(both)
     optimizer = torch.optim.AdamW(both.parameters(), args.lr, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine(s, args.unet_steps))
     checkpoint = args.work / "unet.pt"
     start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=args.device, weights_only=True)
+    state = training.load_checkpoint(checkpoint, args.device)
+    if state is not None:
         both.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         mean, start = state["mean"], state["step"]
 
     def save(step: int) -> None:
-        part = checkpoint.with_suffix(".part")
-        torch.save(
-            {
-                "model": both.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "mean": mean,
-                "step": step,
-            },
-            part,
-        )
-        part.replace(checkpoint)
+        saved = {
+            "model": both.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "mean": mean,
+            "step": step,
+        }
+        training.save_checkpoint(checkpoint, saved)
 
     texts = [t.format(p) for p in fashion.PROMPTS for t in fashion.TEMPLATES] + [""]
     ids = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids.to(args.device)
@@ -286,9 +271,7 @@ def train_unet(
             optimizer.step()
             schedule.step()
             if (step + 1) % AVERAGE_EVERY == 0:
-                decay = min(0.999, (step + 1) / (step + 10)) ** AVERAGE_EVERY
-                for key, value in both.state_dict().items():
-                    mean[key].lerp_(value, 1 - decay) if value.is_floating_point() else mean[key].copy_(value)
+                training.average(mean, both, min(0.999, (step + 1) / (step + 10)) ** AVERAGE_EVERY)
             shown = loss.item() if step == start else 0.98 * shown + 0.02 * loss.item()
             progress.update(task, advance=1, loss=shown)
             if (step + 1) % 250 == 0:
@@ -319,8 +302,7 @@ def judge(pipe: StableDiffusionPipeline, classifier: fashion.Classifier, samples
 
 def main() -> None:
     args = parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
+    training.begin(args)
     started = time.perf_counter()
     classifier = train_classifier(args)
     images, labels = fashion.load("train")
@@ -353,7 +335,7 @@ def main() -> None:
         "seed": args.seed,
         "judged": environment("cpu"),
     }
-    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    training.write_record(args.out, record)
 
 
 if __name__ == "__main__":
