@@ -12,6 +12,9 @@ from deepcache_fx.schedule import Schedule, Uniform, as_schedule
 Branch = int | tuple[int, int]
 """A skip connection: its number counted from the output, or the published (block, layer)."""
 
+DEFAULT_FORECAST = 1
+"""Linear: closer to the uncached images than repeating with every ODE sampler that was measured (docs/fidelity.md)."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -25,7 +28,7 @@ class Options:
     mode: str | None = None
     options: Mapping[str, Any] | None = None
     cuda_graphs: bool | Literal["auto"] = "auto"
-    forecast: int = 0
+    forecast: int = DEFAULT_FORECAST
     max_captures: int = 8
 
     def uses(self, name: str) -> bool:
@@ -48,7 +51,7 @@ class Options:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
         cuda_graphs: bool | Literal["auto"] = "auto",
-        forecast: int = 0,
+        forecast: int = DEFAULT_FORECAST,
         max_captures: int = 8,
     ) -> Options:
         """Validate the keyword arguments of `optimize`.

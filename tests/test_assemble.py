@@ -10,7 +10,7 @@ import torch
 import deepcache_fx
 from deepcache_fx import DeepCacheError
 from tests.compvis import CompVisUNet, denoise
-from tests.oracles import BY_DEFAULT, TO_THE_BIT, agree
+from tests.oracles import REPEATING, TO_THE_BIT, agree
 
 TIMESTEPS = torch.arange(950, -1, -50)
 INPUTS: dict[str, Any] = {
@@ -26,9 +26,9 @@ def unet() -> CompVisUNet:
 
 
 def test_disable_leaves_default_passes_out_and_refuses_unknown_names(unet: CompVisUNet) -> None:
-    expected = denoise(deepcache_fx.optimize(CompVisUNet(), backend="eager"), TIMESTEPS)
-    deepcache_fx.optimize(unet, backend="eager", disable="all")
-    assert agree(denoise(unet, TIMESTEPS), expected, BY_DEFAULT)
+    expected = denoise(deepcache_fx.optimize(CompVisUNet(), **REPEATING), TIMESTEPS)
+    deepcache_fx.optimize(unet, **TO_THE_BIT)
+    assert agree(denoise(unet, TIMESTEPS), expected, REPEATING)
     assert deepcache_fx.report(unet).signatures[0].passes == ()
     with pytest.raises(DeepCacheError, match=r"disable names no default pass: nonsense; there are: canonicalize"):
         deepcache_fx.optimize(CompVisUNet(), disable=["nonsense"], example_inputs=INPUTS)
