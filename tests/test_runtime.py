@@ -19,15 +19,8 @@ from deepcache_fx import DeepCacheError, Power, Report, ScheduleError, Steps
 from deepcache_fx.attach import runtime_of
 from deepcache_fx.programs import PromptStage
 from tests import small
-from tests.compvis import CompVisUNet, denoise
+from tests.compvis import INPUTS, TIMESTEPS, CompVisUNet, denoise
 from tests.oracles import REPEATING, TO_THE_BIT, agree
-
-TIMESTEPS = torch.arange(950, -1, -50)
-INPUTS: dict[str, Any] = {
-    "x": torch.randn(2, 4, 8, 8),
-    "timesteps": torch.tensor([1, 1]),
-    "context": torch.randn(2, 3, 6),
-}
 
 
 @pytest.fixture
