@@ -245,13 +245,14 @@ def _refuse_pruna(case: Case) -> str | None:
 # Ours.
 
 
-def _ours(stage: Stage, interval: int, **options: Any) -> Prepared:
+def _ours(stage: Stage, interval: int, *, forecast: int = 0, **options: Any) -> Prepared:
+    """deepcache_fx; the cached feature is repeated unless asked otherwise, as by what it is compared with."""
     schedule = Adjustable(interval)
     unet = stage.subject.clone()
     pipe = stage.pipeline(unet)
     scheduler = _scheduler(stage, pipe)
     target = pipe if pipe is not None else unet
-    deepcache_fx.optimize(target, schedule=schedule, branch=stage.subject.case.branch, **options)
+    deepcache_fx.optimize(target, schedule=schedule, branch=stage.subject.case.branch, forecast=forecast, **options)
 
     def set_interval(interval: int) -> None:
         schedule.interval = interval

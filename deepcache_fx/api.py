@@ -12,7 +12,7 @@ from deepcache_fx.assemble import check_disabled
 from deepcache_fx.attach import attach, check_attachable, detach, original_class, runtime_of
 from deepcache_fx.branch import Branch
 from deepcache_fx.calibrated import Calibrated
-from deepcache_fx.config import Options
+from deepcache_fx.config import DEFAULT_FORECAST, Options
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.follow import PipelineWatch, bring_back
 from deepcache_fx.report import Report
@@ -34,7 +34,7 @@ def optimize(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     cuda_graphs: bool | Literal["auto"] = "auto",
-    forecast: int = 0,
+    forecast: int = DEFAULT_FORECAST,
     max_captures: int = 8,
     example_inputs: ExampleInputs | None = None,
 ) -> T:
@@ -62,7 +62,8 @@ def optimize(
         cuda_graphs: Record both variants as CUDA graphs. "auto" does so on CUDA, except for the eager backend. Where a
             variant cannot be recorded it is called, and `report` says why.
         forecast: Degree of the polynomial through the last refreshes that a shallow step takes the cached feature from:
-            0 repeats the last one (published DeepCache), 1 is linear, 2 quadratic. Keeps that many more refreshes.
+            1 is linear, 2 quadratic, and 0 repeats the last one, which is published DeepCache bit for bit. Keeps that
+            many more refreshes. Take 0 for LCM and other few-step samplers that draw new noise at every step.
         max_captures: How many signatures are kept; the least recently used goes first.
         example_inputs: Arguments of a UNet call, by name or position: capture now instead of at the first call.
 

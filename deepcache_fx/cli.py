@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from deepcache_fx import cli_options as option
 from deepcache_fx.branch import Branch
+from deepcache_fx.config import DEFAULT_FORECAST
 from deepcache_fx.errors import DeepCacheError
 
 
@@ -103,8 +104,9 @@ def compare(
     branch: option.Branch = "0",
     schedule: Annotated[ScheduleName, typer.Option(help="Where the full steps lie.")] = ScheduleName.uniform,
     forecast: Annotated[
-        int, typer.Option(min=0, max=2, help="Of the cached feature: 0 repeats it, 1 is linear, 2 quadratic.")
-    ] = 0,
+        int,
+        typer.Option(min=0, max=2, help="Of the cached feature: 1 is linear, 2 quadratic; 0 repeats it, as for LCM."),
+    ] = DEFAULT_FORECAST,
     power: Annotated[float, typer.Option(help="Of the power schedule: how fast full steps thin out.")] = 1.4,
     center: Annotated[int, typer.Option(help="Of the power schedule: the step around which they are dense.")] = 15,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,

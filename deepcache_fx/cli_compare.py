@@ -144,7 +144,7 @@ def _check(request: Request) -> None:
 def _table(found: Comparison, settings: Mapping[str, Any]) -> Table:
     where = f"{settings['device']} {settings['dtype']}, {settings['width']}x{settings['height']}"
     how = f"{found.steps} steps {settings['scheduler']}, {settings['schedule']}, branch {settings['branch']}"
-    how += f", forecast {settings['forecast']}" if settings["forecast"] else ""
+    how += f", forecast {settings['forecast']}"
     table = Table(title=f"{settings['model']}\n{how}\n{where}, batch {len(found.prompts)}", title_justify="left")
     table.add_column("")
     table.add_column("baseline", justify="right")

@@ -44,7 +44,29 @@ def compile_variant(variant: fx.GraphModule, options: Options, device: torch.dev
     program: Program = torch.compile(
         _entry_point(variant), backend=backend, mode=mode, options=settings, fullgraph=True, dynamic=False
     )
-    return program
+    return _told_apart(program)
+
+
+def _told_apart(program: Program) -> Program:
+    """The program, whose first call, the one that is traced, is given no tensor object twice.
+
+    Of a tensor that is given twice Dynamo makes one input, and leaves it to a guard that later calls do so too.
+    """
+    traced = False
+
+    def call(*tensors: torch.Tensor) -> Sequence[Any]:
+        nonlocal traced
+        if traced:
+            return program(*tensors)
+        distinct: dict[int, torch.Tensor] = {}
+        for tensor in tensors:
+            once = tensor.detach() if id(tensor) in distinct else tensor
+            distinct[id(once)] = once
+        leaves = program(*distinct.values())
+        traced = True
+        return leaves
+
+    return call
 
 
 def _settings(options: Options, backend: str | Callable[..., Any]) -> dict[str, Any] | None:

@@ -10,6 +10,9 @@ from deepcache_fx.branch import Branch, check_branch
 from deepcache_fx.errors import OptionError
 from deepcache_fx.schedule import Schedule, Uniform, as_schedule
 
+DEFAULT_FORECAST = 1
+"""Linear: closer to the uncached images than repeating with every ODE sampler that was measured (docs/fidelity.md)."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -23,7 +26,7 @@ class Options:
     mode: str | None = None
     options: Mapping[str, Any] | None = None
     cuda_graphs: bool | Literal["auto"] = "auto"
-    forecast: int = 0
+    forecast: int = DEFAULT_FORECAST
     max_captures: int = 8
 
     def uses(self, name: str) -> bool:
@@ -46,7 +49,7 @@ class Options:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
         cuda_graphs: bool | Literal["auto"] = "auto",
-        forecast: int = 0,
+        forecast: int = DEFAULT_FORECAST,
         max_captures: int = 8,
     ) -> Options:
         """Validate the keyword arguments of `optimize`.

@@ -6,7 +6,8 @@ c_0 is the newest. The weights w are those of the polynomial of degree m through
 taken at the current step; with m = 1, c_0 + (i - i_0) / (i_0 - i_1) * (c_0 - c_1). The abscissa is the number of the
 step: over sigma and over the log-SNR images came out farther from the uncached ones (docs/fidelity.md). Until there
 have been enough refreshes the degree is what there are, so that the first period repeats, as published DeepCache always
-does. TaylorSeer (arXiv 2503.06923) does the same to the features of transformers.
+does. TaylorSeer (arXiv 2503.06923) does the same to the features of transformers. Repeating (degree 0, where nothing of
+this runs) suits LCM and other few-step samplers better: the noise they draw anew at every step is no line to follow.
 """
 
 from __future__ import annotations

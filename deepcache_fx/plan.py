@@ -35,7 +35,10 @@ class BranchPlan:
     shallow: Macs
     """Of one call, for the whole batch."""
     cache_bytes: int
-    """Kept from step to step, once for each UNet call of a step. As published: the deep feature itself is kept."""
+    """Kept from step to step, once for each UNet call of a step. As published: the deep feature itself is kept.
+
+    Of one refresh: a forecast keeps as much again for each of its orders.
+    """
     hoisted: Macs
     hoisted_cache_bytes: int
     """The same as `optimize` does it: what depends on the deep feature alone is computed by full steps and kept."""

@@ -19,7 +19,7 @@ class CutReport:
     layer: int
     shallow_macs: int
     cache_bytes: int
-    """Of one refresh."""
+    """Of one refresh, for one UNet call of a step. A forecast keeps as much again for each of its orders."""
     plain_shallow_macs: int
     plain_cache_bytes: int
     """What the shallow step would compute and read, were the deep feature cached as it is."""

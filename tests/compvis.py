@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+TIMESTEPS = torch.arange(950, -1, -50)
+INPUTS: dict[str, Any] = {
+    "x": torch.randn(2, 4, 8, 8),
+    "timesteps": torch.tensor([1, 1]),
+    "context": torch.randn(2, 3, 6),
+}
+"""Of one call of `CompVisUNet`."""
 
 
 def timestep_embedding(timesteps: torch.Tensor, width: int) -> torch.Tensor:

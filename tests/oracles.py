@@ -10,11 +10,12 @@ from unittest import mock
 import torch
 from DeepCache import DeepCacheSDHelper
 
-TO_THE_BIT: dict[str, Any] = {"backend": "eager", "disable": "all"}
-"""Arguments of `optimize` with which the captured operators run as they are, in their order."""
+TO_THE_BIT: dict[str, Any] = {"backend": "eager", "disable": "all", "forecast": 0}
+"""Arguments of `optimize` with which it is the published method: the cached feature is repeated, and the captured
+operators run as they are, in their order."""
 
-BY_DEFAULT: dict[str, Any] = {"backend": "eager"}
-"""With the default passes and rates: sums are taken in another order."""
+REPEATING: dict[str, Any] = {"backend": "eager", "forecast": 0}
+"""The published method with the default passes and rates: sums are taken in another order."""
 
 
 def agree(actual: torch.Tensor, expected: torch.Tensor, options: dict[str, Any]) -> bool:

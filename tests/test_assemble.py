@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 import deepcache_fx
 from deepcache_fx import DeepCacheError
-from tests.compvis import CompVisUNet, denoise
-from tests.oracles import BY_DEFAULT, TO_THE_BIT, agree
-
-TIMESTEPS = torch.arange(950, -1, -50)
-INPUTS: dict[str, Any] = {
-    "x": torch.randn(2, 4, 8, 8),
-    "timesteps": torch.tensor([1, 1]),
-    "context": torch.randn(2, 3, 6),
-}
+from tests.compvis import INPUTS, TIMESTEPS, CompVisUNet, denoise
+from tests.oracles import REPEATING, TO_THE_BIT, agree
 
 
-@pytest.fixture
-def unet() -> CompVisUNet:
-    return CompVisUNet()
-
-
-def test_disable_leaves_default_passes_out_and_refuses_unknown_names(unet: CompVisUNet) -> None:
-    expected = denoise(deepcache_fx.optimize(CompVisUNet(), backend="eager"), TIMESTEPS)
-    deepcache_fx.optimize(unet, backend="eager", disable="all")
-    assert agree(denoise(unet, TIMESTEPS), expected, BY_DEFAULT)
+def test_disable_leaves_default_passes_out_and_refuses_unknown_names() -> None:
+    unet = CompVisUNet()
+    expected = denoise(deepcache_fx.optimize(CompVisUNet(), **REPEATING), TIMESTEPS)
+    deepcache_fx.optimize(unet, **TO_THE_BIT)
+    assert agree(denoise(unet, TIMESTEPS), expected, REPEATING)
     assert deepcache_fx.report(unet).signatures[0].passes == ()
     with pytest.raises(DeepCacheError, match=r"disable names no default pass: nonsense; there are: canonicalize"):
         deepcache_fx.optimize(CompVisUNet(), disable=["nonsense"], example_inputs=INPUTS)

@@ -37,6 +37,7 @@ from benchmarks.store import ResultsFile, read_results
 from benchmarks.subjects import KINDS, Subject
 from benchmarks.targets import TARGETS, targets_table
 from deepcache_fx import assemble
+from deepcache_fx.attach import runtime_of
 from deepcache_fx.presets import PRESETS, Preset
 
 CASE = Case("tiny", 8, 8, 1, "fp32", "cpu", 4, 1, 0, "eager")
@@ -99,6 +100,18 @@ def test_every_arm_has_a_row_with_numbers_or_a_reason(
             assert row.measured.pipeline is not None, name
             assert row.measured.kernels_full, name
             assert row.measured.peak_bytes, name
+
+
+def test_what_is_compared_with_the_published_code_repeats_the_cached_feature() -> None:
+    stage = Stage(Subject(CASE), decode=False)
+    arms = all_arms(backend="eager")
+    orders = {}
+    for name in ("ours-eager", "ours-compile", "ours-uncached", "ours-max-autotune", "ours-forecast"):
+        runtime = runtime_of(arms[name].prepare(stage, 2).unet)
+        assert runtime is not None
+        orders[name] = runtime.options.forecast
+    assert orders.pop("ours-forecast") == 1
+    assert set(orders.values()) == {0}
 
 
 @pytest.mark.slow

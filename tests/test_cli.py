@@ -14,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from deepcache_fx import cli, cli_compare, files
+from deepcache_fx.config import DEFAULT_FORECAST
 from deepcache_fx.errors import DeepCacheError
 from tests import small
 
@@ -54,7 +55,7 @@ def refused(arguments: Sequence[str], message: str, tmp_path: Path) -> None:
 
 def test_compare_writes_the_picture_the_numbers_and_a_table(model: str, tmp_path: Path) -> None:
     numbers = ("--json", "numbers.json")
-    code, output, error = run("compare", "--model", model, "--interval", "2", "--forecast", "1", *numbers, *QUICK)
+    code, output, error = run("compare", "--model", model, "--interval", "2", *numbers, *QUICK)
     assert (code, error) == (0, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["numbers.json", "output.png"]
     values = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
@@ -62,7 +63,8 @@ def test_compare_writes_the_picture_the_numbers_and_a_table(model: str, tmp_path
     assert (values["full_calls"], values["shallow_calls"]) == ([2], [2])
     assert (values["width"], values["height"], values["dtype"]) == (16, 16, "float32")
     assert values["psnr"] > 20
-    assert values["forecast"] == 1
+    assert values["forecast"] == DEFAULT_FORECAST
+    assert "forecast 1" in " ".join(output.split())
     for expected in ("speed-up", "bound", f"{values['psnr']:.1f} dB", "2 full + 2 shallow", "picture: output.png"):
         assert expected in output
     with Image.open(tmp_path / "output.png") as picture:
@@ -150,6 +152,16 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
 
 def test_a_branch_that_the_model_lacks_is_one_line_and_exit_code_2(model: str, tmp_path: Path) -> None:
     refused(["compare", "--model", model, "--branch", "99"], "branch 99 is out of range", tmp_path)
+
+
+@pytest.mark.parametrize(("given", "expected"), [((), 1), (("--forecast", "0"), 0), (("--forecast", "2"), 2)])
+def test_the_forecast_is_linear_unless_asked_otherwise(
+    given: tuple[str, ...], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[cli_compare.Request] = []
+    monkeypatch.setattr(cli_compare, "compare_command", asked.append)
+    assert run("compare", "--model", "x", *given)[0] == 0
+    assert [request.forecast for request in asked] == [expected]
 
 
 def test_a_branch_is_a_number_or_a_pair() -> None:

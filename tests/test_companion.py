@@ -16,7 +16,7 @@ from deepcache_fx import DeepCacheError, cuda_graphs
 from deepcache_fx.deferred import DeferredTensor
 from deepcache_fx.report import CompanionReport
 from tests.fake_graphs import FakeRecorder
-from tests.oracles import BY_DEFAULT, TO_THE_BIT, CatOracle, agree, specified
+from tests.oracles import REPEATING, TO_THE_BIT, CatOracle, agree, specified
 from tests.pipelines import CASES, Case, controlnet, one_controlnet
 from tests.test_pipelines import expected, trace
 
@@ -31,7 +31,7 @@ def companion(pipe: Any) -> CompanionReport:
 # Pipelines as diffusers has them. To the bit, with counts of the UNet: tests/test_pipelines.py.
 
 
-@pytest.mark.parametrize("options", [TO_THE_BIT, BY_DEFAULT], ids=["bit", "default"])
+@pytest.mark.parametrize("options", [TO_THE_BIT, REPEATING], ids=["bit", "default"])
 @pytest.mark.parametrize(
     "name",
     ["one_controlnet", "several_controlnets", "controlnet_image_to_image", "controlnet_inpaint", "controlnet_xl"],
@@ -47,14 +47,14 @@ def test_a_controlnet_follows_the_schedule_of_its_unet(name: str, options: dict[
         assert found.last_run == due
         [signature] = found.signatures
         assert signature.shallow_macs is not None
-        assert signature.shallow_macs < (0.1 if options is BY_DEFAULT else 0.25) * signature.full_macs
+        assert signature.shallow_macs < (0.1 if options is REPEATING else 0.25) * signature.full_macs
         assert (signature.residuals, signature.shallow_residuals) == (5, 1)
         every_step = due.count("F") * signature.full_macs + due.count("s") * signature.shallow_macs
         assert found.last_run_macs == every_step + signature.prompt_macs  # the picture is embedded once
         assert found.last_run_macs_saved == run.calls * (signature.full_macs + signature.prompt_macs) - (
             every_step + signature.prompt_macs
         )
-        assert (signature.prompt_macs > 0) == (options is BY_DEFAULT)
+        assert (signature.prompt_macs > 0) == (options is REPEATING)
     assert found.captures == 1
     assert (found.completed_calls, found.original_calls, found.kept_full, found.refused) == (0, 0, {}, None)
     assert found.shallow_calls == sum(trace(run).count("s") for run in case.runs)
@@ -80,8 +80,8 @@ def test_guess_mode_runs_it_whole_and_says_why() -> None:
 def test_a_forecast_of_the_deep_feature_changes_nothing_for_it() -> None:
     """Equal to the same forecast with the ControlNet left alone."""
     case, alone = one_controlnet(), one_controlnet()
-    deepcache_fx.optimize(case.pipe, 3, forecast=1, **TO_THE_BIT)
-    deepcache_fx.optimize(alone.pipe.unet, 3, forecast=1, **TO_THE_BIT)
+    deepcache_fx.optimize(case.pipe, 3, **{**TO_THE_BIT, "forecast": 1})
+    deepcache_fx.optimize(alone.pipe.unet, 3, **{**TO_THE_BIT, "forecast": 1})
     for run in case.runs:
         assert torch.equal(case(run), alone(run))
     assert companion(case.pipe).shallow_calls == 13

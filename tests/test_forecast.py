@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import deepcache_fx
 from deepcache_fx import DeepCacheError, Steps, cuda_graphs
 from deepcache_fx.attach import runtime_of
+from deepcache_fx.config import DEFAULT_FORECAST, Options
 from deepcache_fx.forecast import coefficients
 from tests import models, small
 from tests.compvis import CompVisUNet, denoise
@@ -96,16 +98,28 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5)
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("full", [set(range(0, 20, 3)), {0, 2, 3, 9, 10, 17}], ids=["uniform", "not uniform"])
 def test_equals_the_operand_forecast_in_plain_eager_code(order: int, full: set[int], branch: int) -> None:
-    unet = deepcache_fx.optimize(CompVisUNet(), schedule=Steps(full), branch=branch, forecast=order, **TO_THE_BIT)
+    unet = deepcache_fx.optimize(
+        CompVisUNet(), schedule=Steps(full), branch=branch, **{**TO_THE_BIT, "forecast": order}
+    )
     assert close(denoise(unet, TIMESTEPS), reference(order, full, branch))
     assert set(deepcache_fx.report(unet).last_run) == {"F", "s"}
+
+
+def test_unless_told_otherwise_the_forecast_is_linear() -> None:
+    assert Options().forecast == Options.make().forecast == DEFAULT_FORECAST == 1
+    assert inspect.signature(deepcache_fx.optimize).parameters["forecast"].default == 1
+    unet = deepcache_fx.optimize(CompVisUNet(), interval=3, backend="eager", disable="all")
+    actual = denoise(unet, TIMESTEPS)
+    full = set(range(0, 20, 3))
+    assert close(actual, reference(1, full))
+    assert not close(actual, reference(0, full), 1e-3)
 
 
 def test_order_zero_is_the_published_method_to_the_bit() -> None:
     pipe = models.sd_pipeline()
     with published(pipe, 3, 0):
         expected = models.generate(pipe, 10)
-    with deepcache_fx.optimized(pipe, interval=3, forecast=0, **TO_THE_BIT):
+    with deepcache_fx.optimized(pipe, interval=3, **TO_THE_BIT):
         assert torch.equal(models.generate(pipe, 10), expected)
 
 
@@ -120,7 +134,7 @@ def test_a_forecast_is_closer_to_the_uncached_result() -> None:
 
 def test_hoisted_sums_are_forecast_nearly_as_the_feature_is() -> None:
     """What is cached is then past a norm and a convolution: not the same polynomial, but close."""
-    whole = denoise(deepcache_fx.optimize(CompVisUNet(), forecast=1, **TO_THE_BIT), TIMESTEPS)
+    whole = denoise(deepcache_fx.optimize(CompVisUNet(), **{**TO_THE_BIT, "forecast": 1}), TIMESTEPS)
     hoisted = denoise(deepcache_fx.optimize(CompVisUNet(), forecast=1, backend="eager"), TIMESTEPS)
     assert close(hoisted, whole, 1e-2)
     assert not close(hoisted, whole, 1e-6)
@@ -133,11 +147,11 @@ def test_recorded_and_compiled_steps_forecast_alike(order: int, monkeypatch: pyt
         denoise(deepcache_fx.optimize(CompVisUNet(), forecast=order, backend="eager", cuda_graphs=False), TIMESTEPS, s)
         for s in (0, 1)
     ]
-    for options in ({"backend": "eager", "cuda_graphs": True}, {"backend": "aot_eager"}):
-        unet = deepcache_fx.optimize(CompVisUNet(), forecast=order, **options)
+    for backend, recorded in ("eager", True), ("aot_eager", True), ("aot_eager", False):
+        unet = deepcache_fx.optimize(CompVisUNet(), forecast=order, backend=backend, cuda_graphs=recorded)
         for seed in (0, 1, 0):
             assert close(denoise(unet, TIMESTEPS, seed), expected[seed], 1e-6)
-        assert deepcache_fx.report(unet).signatures[0].cuda_graphs == "recorded"
+        assert (deepcache_fx.report(unet).signatures[0].cuda_graphs == "recorded") == recorded
 
 
 @torch.no_grad()

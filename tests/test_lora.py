@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 import deepcache_fx
 from tests import models
-from tests.oracles import TO_THE_BIT, specified
+from tests.oracles import REPEATING, TO_THE_BIT, specified
 from tests.test_stacking import check_cached, check_works, difference, make_unet, oracle
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -91,7 +91,7 @@ def set_weights(pipe: Any) -> None:
 @pytest.mark.slow
 def test_after_every_change_the_output_is_right_and_recaptures_are_counted(pipe: Any, adapters: Path) -> None:
     """What was there before is found again, and values that change in place need no capture."""
-    with deepcache_fx.optimized(pipe.unet, interval=3, backend="eager"):
+    with deepcache_fx.optimized(pipe.unet, interval=3, **REPEATING):
         check_cached(pipe.unet, last := oracle(pipe.unet))
         for name, change, recaptures in CHANGES:
             before = deepcache_fx.report(pipe.unet).captures
@@ -111,7 +111,7 @@ def test_an_adapter_swapped_while_hot_is_seen_and_prepared_for_it_only_a_new_sca
     if prepared:
         pipe.enable_lora_hotswap(target_rank=4)
     load(pipe, adapters, "a")
-    with deepcache_fx.optimized(pipe.unet, interval=3, backend="eager"):
+    with deepcache_fx.optimized(pipe.unet, interval=3, **REPEATING):
         for name, captures in ("a", 1), ("b", 2), ("a", 2 if prepared else 3):
             load(pipe, adapters, name, adapter_name="a", hotswap=True)
             check_cached(pipe.unet, oracle(pipe.unet))

@@ -89,7 +89,7 @@ def reference(schedule: Schedule, order: int, seed: int = 0) -> torch.Tensor:
 
 
 def optimized(order: int, schedule: Schedule = SCHEDULE, **options: Any) -> CompVisUNet:
-    return deepcache_fx.optimize(CompVisUNet(), schedule=schedule, forecast=order, **options)
+    return deepcache_fx.optimize(CompVisUNet(), schedule=schedule, **{**options, "forecast": order})
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])

@@ -12,7 +12,7 @@ import torch
 import deepcache_fx
 from deepcache_fx import DeepCacheError, MergeTokens, Only
 from tests.compvis import CompVisUNet, denoise
-from tests.oracles import specified
+from tests.oracles import REPEATING, specified
 from tests.test_stacking import FULL, check_cached, make_unet
 from tests.test_stacking import denoise as denoise_pixels
 
@@ -62,7 +62,7 @@ def test_tokens_merged_in_one_kind_of_step_equal_tomesd_switched_per_step(varian
 
         twin.unet.forward = switched
         expected = denoise_pixels(twin.unet)
-    with deepcache_fx.optimized(unet, interval=3, backend="eager", passes=[Only(variant, MergeTokens(0.5))]):
+    with deepcache_fx.optimized(unet, interval=3, **REPEATING, passes=[Only(variant, MergeTokens(0.5))]):
         check_cached(unet, expected)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import deepcache_fx
 from tests import models
-from tests.oracles import BY_DEFAULT, TO_THE_BIT, agree, published, specified
+from tests.oracles import REPEATING, TO_THE_BIT, agree, published, specified
 
 INTERVALS = (1, 2, 3, 5, 10)
 STEPS = 10
@@ -40,7 +40,7 @@ def test_every_branch_and_interval_gives_the_published_latents(pipe: Any, branch
     for interval in INTERVALS:
         with published(pipe, interval, branch):
             expected[interval] = models.generate(pipe, STEPS)
-    for options in (TO_THE_BIT, BY_DEFAULT):
+    for options in (TO_THE_BIT, REPEATING):
         with deepcache_fx.optimized(pipe.unet, branch=branch, **options):
             for interval in INTERVALS:
                 deepcache_fx.optimize(pipe.unet, interval, branch, **options)
@@ -64,7 +64,7 @@ def test_every_scheduler_gives_the_published_latents(pipe: Any, name: str) -> No
             helper_is_wrong = name == "pndm" and interval == 2
             with specified(pipe, full[interval], 4) if helper_is_wrong else published(pipe, interval, 4):
                 expected[interval] = models.generate(pipe, STEPS)
-        for target, options in ((pipe.unet, TO_THE_BIT), (pipe, TO_THE_BIT), (pipe, BY_DEFAULT)):
+        for target, options in ((pipe.unet, TO_THE_BIT), (pipe, TO_THE_BIT), (pipe, REPEATING)):
             for interval in INTERVALS:
                 deepcache_fx.optimize(target, interval, branch=4, **options)
                 assert agree(models.generate(pipe, STEPS), expected[interval], options)
@@ -98,7 +98,7 @@ def test_layers_per_block_other_than_two_follow_block_and_layer() -> None:
     for branch, (block, layer) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]):
         with specified(pipe, {0, 3, 6, 9}, branch):
             expected = models.generate(pipe, STEPS)
-        for options in (TO_THE_BIT, BY_DEFAULT):
+        for options in (TO_THE_BIT, REPEATING):
             with deepcache_fx.optimized(pipe, interval=3, branch=(block, layer), **options):
                 assert agree(models.generate(pipe, STEPS), expected, options)
                 assert deepcache_fx.report(pipe).signatures[0].branch == branch
@@ -150,7 +150,7 @@ def test_inductor_gives_the_published_latents_within_1e_4_without_recompiling(ki
         expected = models.generate(pipe, STEPS)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with deepcache_fx.optimized(pipe, interval=3, backend="inductor"):
+    with deepcache_fx.optimized(pipe, interval=3, backend="inductor", forecast=0):
         latents = models.generate(pipe, STEPS)
         for _ in range(3):
             models.generate(pipe, 50)

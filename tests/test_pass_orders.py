@@ -21,7 +21,7 @@ from passes import FuseGroupNorm, Pass, SplitOverCat, pass_name, run_passes
 from tests import models
 from tests.compvis import CompVisUNet
 from tests.graphs import check_metadata, error, unet_call
-from tests.oracles import CatOracle
+from tests.oracles import REPEATING, CatOracle
 
 EXACT: tuple[Pass, ...] = (*DEFAULT_PASSES, *last_passes(), FuseGroupNorm(cat=False), SplitOverCat())
 """All but `ChooseAttention` have something to do on a CPU."""
@@ -172,7 +172,7 @@ def test_caching_is_exact_whichever_defaults_are_left_out(disable: set[str], bra
     unet = CompVisUNet().requires_grad_(False)
     oracle = CatOracle(unet.forward, branch)
     expected = loop(lambda step, *args: oracle(step % 2 == 0, *args))
-    options: dict[str, Any] = {"interval": 2, "branch": branch, "backend": "eager", "disable": sorted(disable)}
+    options: dict[str, Any] = {**REPEATING, "interval": 2, "branch": branch, "disable": sorted(disable)}
     with deepcache_fx.optimized(unet, **options):
         actual = loop(lambda step, *args: unet(*args))
         report = deepcache_fx.report(unet)

@@ -19,15 +19,8 @@ from deepcache_fx import DeepCacheError, Power, Report, ScheduleError, Steps
 from deepcache_fx.attach import runtime_of
 from deepcache_fx.programs import PromptStage
 from tests import small
-from tests.compvis import CompVisUNet, denoise
-from tests.oracles import BY_DEFAULT, TO_THE_BIT, agree
-
-TIMESTEPS = torch.arange(950, -1, -50)
-INPUTS: dict[str, Any] = {
-    "x": torch.randn(2, 4, 8, 8),
-    "timesteps": torch.tensor([1, 1]),
-    "context": torch.randn(2, 3, 6),
-}
+from tests.compvis import INPUTS, TIMESTEPS, CompVisUNet, denoise
+from tests.oracles import REPEATING, TO_THE_BIT, agree
 
 
 @pytest.fixture
@@ -154,7 +147,7 @@ class PromptUNet(CompVisUNet):
 
 
 def test_the_prompt_stage_runs_once_a_run_and_not_before_it_is_needed() -> None:
-    unet = deepcache_fx.optimize(PromptUNet(), backend="eager")
+    unet = deepcache_fx.optimize(PromptUNet(), **REPEATING)
     counts = count_prompts(unet)
     denoise(unet, TIMESTEPS[:1])
     deepcache_fx.reset(unet)
@@ -162,12 +155,12 @@ def test_the_prompt_stage_runs_once_a_run_and_not_before_it_is_needed() -> None:
     denoise(unet, TIMESTEPS)
     assert counts == {"full": 2, "shallow": 1}
     expected = denoise(deepcache_fx.optimize(PromptUNet(), **TO_THE_BIT), TIMESTEPS)
-    assert agree(denoise(unet, TIMESTEPS), expected, BY_DEFAULT)
+    assert agree(denoise(unet, TIMESTEPS), expected, REPEATING)
 
 
 @pytest.mark.parametrize("change", ["in place", "another tensor", "another memory", "weights"])
 def test_a_prompt_that_changes_within_a_run_is_seen(change: str) -> None:
-    unet = deepcache_fx.optimize(PromptUNet(), backend="eager")
+    unet = deepcache_fx.optimize(PromptUNet(), **REPEATING)
     plain = deepcache_fx.optimize(PromptUNet(), **TO_THE_BIT)
     counts = count_prompts(unet)
     torch.manual_seed(0)
@@ -185,7 +178,7 @@ def test_a_prompt_that_changes_within_a_run_is_seen(change: str) -> None:
                     for model in (unet, plain):
                         model.shift.weight.mul_(3)
             x = torch.randn(2, 4, 8, 8)
-            assert agree(unet(x, t.expand(2), context), plain(x, t.expand(2), context), BY_DEFAULT)
+            assert agree(unet(x, t.expand(2), context), plain(x, t.expand(2), context), REPEATING)
     assert counts == {"full": 2, "shallow": 2}
 
 
@@ -202,14 +195,14 @@ def test_two_calls_a_step_have_their_own_prompts() -> None:
 
 def test_prompts_whose_changes_are_not_counted_are_taken_to_be_new() -> None:
     """An inference tensor has no version: it may be written into unseen."""
-    unet = deepcache_fx.optimize(PromptUNet(), backend="eager")
+    unet = deepcache_fx.optimize(PromptUNet(), **REPEATING)
     plain = deepcache_fx.optimize(PromptUNet(), **TO_THE_BIT)
     with torch.inference_mode():
         context = torch.randn(2, 3, 6)
         for t in TIMESTEPS[:6]:
             context.mul_(2)
             arguments = INPUTS["x"], t.expand(2), context
-            assert agree(unet(*arguments), plain(*arguments), BY_DEFAULT)
+            assert agree(unet(*arguments), plain(*arguments), REPEATING)
 
 
 def test_the_same_timesteps_tensor_serves_several_runs(unet: CompVisUNet) -> None:

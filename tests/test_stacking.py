@@ -27,7 +27,7 @@ from deepcache_fx import DeepCacheError
 from deepcache_fx.example_inputs import example_inputs
 from passes.approximate import MergeTokens
 from tests import models, small
-from tests.oracles import TO_THE_BIT, specified
+from tests.oracles import REPEATING, TO_THE_BIT, specified
 
 aten = torch.ops.aten
 
@@ -82,7 +82,7 @@ def check_works(unet: torch.nn.Module, tolerance: float = 1e-5, *, options: Any 
     """Optimise, compare with the oracle, and see that caching has an effect that the comparison would show."""
     expected = oracle(unet, **call)
     assert difference(denoise(unet, **call), expected) > 10 * tolerance
-    with deepcache_fx.optimized(unet, interval=3, **{"backend": "eager", **(options or {})}):
+    with deepcache_fx.optimized(unet, interval=3, **{**REPEATING, **(options or {})}):
         check_cached(unet, expected, tolerance, **call)
 
 
@@ -178,7 +178,7 @@ def test_a_loras_scale_that_is_given_with_the_call() -> None:
 def test_a_lora_loaded_and_fused_and_unloaded_after_optimize() -> None:
     unet = make_unet()
     plain = oracle(unet)
-    with deepcache_fx.optimized(unet, interval=3, backend="eager"):
+    with deepcache_fx.optimized(unet, interval=3, **REPEATING):
         check_cached(unet, plain)
         load_lora(unet)
         loaded = oracle(unet)
@@ -204,7 +204,7 @@ def test_freeu_switched_on_before_optimize() -> None:
 def test_freeu_switched_on_and_off_after_optimize() -> None:
     unet = make_unet()
     plain = oracle(unet)
-    with deepcache_fx.optimized(unet, interval=3, backend="eager"):
+    with deepcache_fx.optimized(unet, interval=3, **REPEATING):
         check_cached(unet, plain)
         unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
         with_freeu = oracle(unet)
@@ -250,7 +250,7 @@ def test_attention_processors(processor: type) -> None:
 @pytest.mark.slow
 def test_an_attention_processor_set_after_optimize() -> None:
     unet = make_unet()
-    with deepcache_fx.optimized(unet, interval=3, backend="eager"):
+    with deepcache_fx.optimized(unet, interval=3, **REPEATING):
         check_cached(unet, oracle(unet))
         changes(unet, lambda model: model.set_attn_processor(Sharpened()))
         check_cached(unet, oracle(unet))
@@ -287,7 +287,7 @@ def test_a_pass_of_the_users_own(item: Callable[..., Any]) -> None:
             module.gelu = lambda gate: F.gelu(gate, approximate="tanh")  # type: ignore[method-assign]
     expected = oracle(changed)
     assert difference(oracle(unet), expected) > 1e-5
-    with deepcache_fx.optimized(unet, interval=3, backend="eager", passes=[item]):
+    with deepcache_fx.optimized(unet, interval=3, **REPEATING, passes=[item]):
         check_cached(unet, expected, 1e-6)
         [signature] = deepcache_fx.report(unet).signatures
         assert any(record.name == "gelu_by_tanh" and record.modified for record in signature.passes)
@@ -301,7 +301,7 @@ def test_merged_tokens_in_full_and_shallow_steps() -> None:
     tomesd.apply_patch(merged, ratio=0.5, use_rand=False)
     expected = oracle(merged)
     assert difference(oracle(unet), expected) > 1e-3
-    with deepcache_fx.optimized(unet, interval=3, backend="eager", passes=[MergeTokens(0.5)]):
+    with deepcache_fx.optimized(unet, interval=3, **REPEATING, passes=[MergeTokens(0.5)]):
         check_cached(unet, expected)
 
 
@@ -313,7 +313,7 @@ def test_merged_tokens_and_a_lora_and_freeu_at_once() -> None:
     unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
     merged = copy.deepcopy(unet)
     tomesd.apply_patch(merged, ratio=0.5, use_rand=False)
-    with deepcache_fx.optimized(unet, interval=3, backend="eager", passes=[MergeTokens(0.5)]):
+    with deepcache_fx.optimized(unet, interval=3, **REPEATING, passes=[MergeTokens(0.5)]):
         check_cached(unet, oracle(merged))
 
 
