@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deepcache_fx.branch import Branch
+from deepcache_fx.branch import Branch, check_branch
 from deepcache_fx.calibrated import Achieved, Calibrated
 from deepcache_fx.calibration_file import CalibrationFile, Evaluation
 from deepcache_fx.calibration_runs import METRICS, Job, Measured, Runs, argument_digest, left_as_found, weights_digest
@@ -34,6 +34,7 @@ def calibrate(
     seed: int = 0,
     forecast: int | Sequence[int] = (0, 1, 2),
     branch: Branch | Sequence[int] = 0,
+    deeper: Branch | Sequence[int] | None = None,
     metric: str = "latents",
     trials: int = 100,
     batch_size: int | None = None,
@@ -60,6 +61,8 @@ def calibrate(
         seed: Of the first image's noise, drawn on the CPU.
         forecast: Orders of the forecast to choose from, see `optimize`. Each costs a capture.
         branch: The skip connection to cut at, see `optimize`.
+        deeper: A deeper skip connection that some shallow steps may begin at (see `Nested`), where that brings more
+            than the full steps that cost as much. Needs `budget`, and an order of the forecast above 0.
         metric: "latents", or "images" to compare decoded images in [0, 1].
         trials: How many schedules may be tried; each costs a cached run of all images. Without captures, 100 take
             about as long as 40 uncached runs at 1:3.
@@ -88,7 +91,10 @@ def calibrate(
         raise OptionError("forecast must name at least one order: 0, 1 or 2")
     for order in orders:  # all mistakes in what `optimize` will be asked, before anything runs
         place = Options.make(branch=branch, forecast=order, **(optimize_arguments or {})).branch
+    below = None if deeper is None else check_branch(deeper)
     _check_goal(budget, target_error)
+    if below is not None and (budget is None or not any(orders)):
+        raise OptionError("deeper needs a budget, and an order of the forecast above 0: leave it out")
     if not isinstance(getattr(pipe, "unet", None), torch.nn.Module):
         raise DeepCacheError(f"calibrate takes a diffusers pipeline with a .unet, got {type(pipe).__name__}")
     count = prompts if isinstance(prompts, int) else len(prompts)
@@ -120,6 +126,7 @@ def calibrate(
             "target_error": target_error,
             "forecast": list(orders),
             "branch": place if isinstance(place, int) else list(place),
+            "deeper": list(below) if isinstance(below, tuple) else below,
             "prompts": prompts if isinstance(prompts, int) else list(prompts),
             "seed": seed,
             "steps": steps,
@@ -133,8 +140,8 @@ def calibrate(
             "scheduler_config": json.loads(made_for.scheduler_config),
         }
         notes = CalibrationFile.open(path, settings)
-        runs = Runs(job, place, optimize_arguments or {})
-        return _search(runs, notes, made_for, job, orders, place, budget, target_error, trials, progress)
+        runs = Runs(job, place, optimize_arguments or {}, below)
+        return _search(runs, notes, made_for, job, orders, (place, below), budget, target_error, trials, progress)
 
 
 def _search(
@@ -143,7 +150,7 @@ def _search(
     made_for: MadeFor,
     job: Job,
     orders: tuple[int, ...],
-    branch: Branch,
+    branches: tuple[Branch, Branch | None],
     budget: float | None,
     target_error: float | None,
     trials: int,
@@ -163,34 +170,41 @@ def _search(
         tell(_told(search, measured), min(len(search.known) + 1, trials), trials)
         return known.error if known.images == job.count else math.inf
 
-    search = Search(measure, measured.num_steps, orders, trials)
+    # Half of the trials are for full steps alone where there is more to try.
+    search = Search(measure, measured.num_steps, orders, trials if branches[1] is None else -(-trials // 2))
     if target_error is not None:
         best = search.at_error(target_error)
     else:
         assert budget is not None, "checked: there is one of the two"
         best = search.at_budget(full_steps_for(budget, measured))
-    even = Candidate(uniform(measured.num_steps, len(best.steps)), best.forecast)
-    error = search.known[best]
-    if not math.isfinite(error):
+    plain, plain_error = best, search.known[best]
+    if not math.isfinite(plain_error):
         raise DeepCacheError("every schedule that was tried gives values that are not finite: try another dtype")
+    even = Candidate(uniform(measured.num_steps, len(plain.steps)), plain.forecast)
     even_error = search.known[even] if even in search.known else measure(even, math.inf)
+    if branches[1] is not None:
+        search.trials = trials
+        best = search.deepen(plain, measured.exchange)
     from deepcache_fx import __version__
 
     found = Calibrated(
         steps=best.steps,
         num_steps=measured.num_steps,
         forecast=best.forecast,
-        branch=branch,
+        branch=branches[0],
         made_for=made_for,
         achieved=Achieved(
             metric=job.metric,
-            error=error,
+            error=search.known[best],
             uniform_error=even_error,
-            cost=measured.cost(len(best.steps)),
+            cost=measured.cost(len(best.steps), len(best.deeper)),
             images=job.count,
             trials=len(search.known),
+            plain_error=None if branches[1] is None else plain_error,
         ),
         library=__version__,
+        deeper=best.deeper,
+        deeper_branch=branches[1] if best.deeper else None,
     )
     notes.finish(found)
     return found
@@ -228,5 +242,5 @@ def _told(search: Search, measured: Measured) -> str:
     if not search.known:
         return "first schedule"
     latest = next(reversed(search.known))
-    best = search.best(len(latest.steps))
+    best = min((one for one in search.known if len(one.steps) == len(latest.steps)), key=search.known.__getitem__)
     return f"error {search.known[best]:.3g} with {len(best.steps)} of {measured.num_steps} steps full"

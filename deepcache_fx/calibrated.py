@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from deepcache_fx.branch import Branch
 from deepcache_fx.errors import ScheduleError
 from deepcache_fx.files import write_json
 from deepcache_fx.made_for import MadeFor, plain
 from deepcache_fx.schedule import Schedule
+from deepcache_fx.schedule_search import Candidate
 
 FORMAT = "deepcache_fx calibrated schedule 1"
 """First entry of the file. Another number: the meaning of an entry has changed."""
@@ -31,6 +33,8 @@ class Achieved:
     images: int
     trials: int
     """How many schedules were tried."""
+    plain_error: float | None = None
+    """Of the best schedule found without deeper steps; None where there is no deeper skip connection."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,14 @@ class Calibrated(Schedule):
     num_steps: int
     """UNet steps of a run. PNDM makes one more than `num_inference_steps` says, Heun about twice as many."""
     forecast: int
-    branch: int | tuple[int, int]
+    branch: Branch
     made_for: MadeFor
     achieved: Achieved
     library: str
     """Version of deepcache_fx that made it."""
+    deeper: tuple[int, ...] = ()
+    """The steps that begin at `deeper_branch`."""
+    deeper_branch: Branch | None = None
     needs_num_steps: ClassVar[bool] = True
 
     def is_full(self, step: int, num_steps: int | None) -> bool:
@@ -66,6 +73,18 @@ class Calibrated(Schedule):
                 "that, or use Steps(schedule.steps) to place the full steps regardless"
             )
         return step in self.steps
+
+    def branch_at(self, step: int, num_steps: int | None) -> Branch | None:
+        return self.deeper_branch if step in self.deeper else None
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return () if self.deeper_branch is None or not self.deeper else (self.deeper_branch,)
+
+    @property
+    def letters(self) -> str:
+        """The steps of a run: F full, s shallow, t from the deeper skip connection on."""
+        return Candidate(self.steps, self.forecast, self.deeper).letters(self.num_steps)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -93,4 +112,6 @@ class Calibrated(Schedule):
 
     def __str__(self) -> str:
         full = f"{len(self.steps)} of {self.num_steps} steps full"
+        if self.deeper:
+            full += f", {len(self.deeper)} from branch {self.deeper_branch}"
         return f"Calibrated({full}, branch {self.branch}, forecast {self.forecast}, {self.made_for.scheduler})"

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from deepcache_fx.branch import check_branch
 from deepcache_fx.calibrated import FORMAT, Achieved, Calibrated
 from deepcache_fx.errors import ScheduleError
 from deepcache_fx.made_for import MadeFor
@@ -23,16 +24,24 @@ def parse(values: object) -> Calibrated:
     made_for = _checked(outer["made_for"], _MADE_FOR, "made_for.")
     achieved = _checked(outer["achieved"], _ACHIEVED, "achieved.")
     steps, num_steps, branch = outer["steps"], outer["num_steps"], outer["branch"]
-    if steps[-1] >= num_steps:
-        raise ScheduleError(f"steps must be below num_steps, which is {num_steps}, got {steps[-1]}")
+    deeper, deeper_branch = outer["deeper"], outer["deeper_branch"]
+    for name in ("steps", "deeper"):
+        if (last := max(outer[name], default=0)) >= num_steps:
+            raise ScheduleError(f"{name} must be below num_steps, which is {num_steps}, got {last}")
+    if set(steps) & set(deeper):
+        raise ScheduleError(f"deeper must name no full step, got {sorted(set(steps) & set(deeper))}")
+    if deeper and deeper_branch is None:
+        raise ScheduleError("deeper_branch must be a branch where there are deeper steps, got None")
     return Calibrated(
         steps=tuple(steps),
         num_steps=num_steps,
         forecast=outer["forecast"],
-        branch=branch if isinstance(branch, int) else (branch[0], branch[1]),
+        branch=check_branch(branch),
         made_for=MadeFor(**{**made_for, "scheduler_config": json.dumps(made_for["scheduler_config"], sort_keys=True)}),
         achieved=Achieved(**achieved),
         library=outer["library"],
+        deeper=tuple(deeper),
+        deeper_branch=None if deeper_branch is None else check_branch(deeper_branch),
     )
 
 
@@ -84,13 +93,12 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
-def _is_steps(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and all(map(is_natural, value))
-        and value[:1] == [0]
-        and all(a < b for a, b in pairwise(value))
-    )
+def _is_steps(value: Any) -> bool:
+    return _is_rising(value) and value[:1] == [0]
+
+
+def _is_rising(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_natural, value)) and all(a < b for a, b in pairwise(value))
 
 
 def _is_branch(value: object) -> bool:
@@ -108,6 +116,11 @@ _OUTER: Mapping[str, _Check] = {
     "num_steps": _COUNT,
     "forecast": (lambda value: is_natural(value) and value <= 2, "0, 1 or 2"),
     "branch": (_is_branch, "a number of at least 0 or [block, layer]"),
+    "deeper": (_is_rising, "rising step numbers"),
+    "deeper_branch": (
+        lambda value: value is None or _is_branch(value),
+        "a number of at least 0, [block, layer] or null",
+    ),
     "made_for": _OBJECT,
     "achieved": _OBJECT,
 }
@@ -119,6 +132,7 @@ _ACHIEVED = {
     "cost": _NUMBER,
     "images": _COUNT,
     "trials": _COUNT,
+    "plain_error": (lambda value: value is None or is_number(value), "a number of at least 0 or null"),
 }
 
 

@@ -77,7 +77,7 @@ class CalibrationFile:
             return
         evaluations = [
             {
-                "steps": "".join("F" if n in candidate.steps else "s" for n in range(self.measured.num_steps)),
+                "steps": candidate.letters(self.measured.num_steps),
                 "forecast": candidate.forecast,
                 "error": found.error if is_number(found.error) else None,
                 "images": found.images,
@@ -94,7 +94,7 @@ class CalibrationFile:
 
 
 def _read_measured(values: object) -> Measured:
-    names = ("num_steps", "full_macs", "shallow_macs")
+    names = ("num_steps", "full_macs", "shallow_macs", "deeper_macs")
     if not isinstance(values, dict) or set(values) != set(names) or not all(map(is_natural, values.values())):
         raise ScheduleError(f"measured must hold {', '.join(names)}, each an integer of at least 0, got {values!r:.80}")
     if not values["num_steps"] or not values["full_macs"]:
@@ -113,7 +113,7 @@ def _read_evaluations(values: object, measured: Measured) -> dict[Candidate, Eva
             isinstance(text, str)
             and len(text) == measured.num_steps
             and text.startswith("F")
-            and set(text) <= {"F", "s"}
+            and set(text) <= ({"F", "s", "t"} if measured.deeper_macs else {"F", "s"})
             and order in (0, 1, 2)
             and not isinstance(order, bool)
             and isinstance(images, int)
@@ -121,9 +121,8 @@ def _read_evaluations(values: object, measured: Measured) -> dict[Candidate, Eva
             and (error is None or is_number(error))
         ):
             raise ScheduleError(
-                f"an evaluation must hold steps ({measured.num_steps} letters, F full and s shallow), forecast, error "
-                f"and images, got {value!r:.120}"
+                f"an evaluation must hold steps ({measured.num_steps} letters: F full, s shallow, t deeper where there "
+                f"are such), forecast, error and images, got {value!r:.120}"
             )
-        steps = tuple(step for step, letter in enumerate(text) if letter == "F")
-        found[Candidate(steps, order)] = Evaluation(float("inf") if error is None else error, images)
+        found[Candidate.read(text, order)] = Evaluation(float("inf") if error is None else error, images)
     return found

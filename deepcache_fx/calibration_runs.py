@@ -16,12 +16,11 @@ import torch
 from deepcache_fx.api import optimize, report, restore
 from deepcache_fx.attach import runtime_of
 from deepcache_fx.branch import Branch
-from deepcache_fx.comparison import UNetCalls
 from deepcache_fx.errors import DeepCacheError, OptionError
 from deepcache_fx.follow import bring_back
 from deepcache_fx.report import Report
 from deepcache_fx.runtime import Runtime
-from deepcache_fx.schedule import Custom, Steps
+from deepcache_fx.schedule import Custom, Nested, Schedule, Steps
 from deepcache_fx.schedule_search import Candidate
 
 METRICS = {"latents": "latent", "images": "pt"}
@@ -35,11 +34,18 @@ class Measured:
     num_steps: int
     full_macs: int
     shallow_macs: int
+    deeper_macs: int = 0
+    """Of a step that begins at the deeper skip connection; 0 where there is none."""
 
-    def cost(self, full_steps: int) -> float:
-        """Of a run with this many full steps, a share of the uncached one."""
-        shallow = (self.num_steps - full_steps) * self.shallow_macs
+    def cost(self, full_steps: int, deeper_steps: int = 0) -> float:
+        """Of a run with so many full and deeper steps, a share of the uncached one."""
+        shallow = (self.num_steps - full_steps - deeper_steps) * self.shallow_macs + deeper_steps * self.deeper_macs
         return (full_steps * self.full_macs + shallow) / (self.num_steps * self.full_macs)
+
+    @property
+    def exchange(self) -> float:
+        """How many deeper steps, in place of shallow ones, cost what a full one does in place of a shallow one."""
+        return (self.full_macs - self.shallow_macs) / max(1, self.deeper_macs - self.shallow_macs)
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -105,8 +111,11 @@ class Job:
 class Runs:
     """Judges candidates by running them. What is captured for an order of the forecast is kept for the next one."""
 
-    def __init__(self, job: Job, branch: Branch, optimize_arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, job: Job, branch: Branch, optimize_arguments: Mapping[str, Any], deeper: Branch | None = None
+    ) -> None:
         self._job = job
+        self._deeper = deeper
         self._arguments = {**optimize_arguments, "branch": branch}
         self._runtimes: dict[int, Runtime] = {}
         self._uncached: list[torch.Tensor] | None = None
@@ -120,9 +129,13 @@ class Runs:
             last = max(last, step)
             return True
 
-        found = self._run(Custom(full), order, self._job.batches()[0])[1]
-        calls = UNetCalls.between(found, found)  # for the multiply-accumulates
-        return Measured(last + 1, calls.full_macs, calls.shallow_macs)
+        found = self._run(self._nested(Custom(full)), order, self._job.batches()[0])[1]
+        signature = min((s for s in found.signatures if s.full_macs), key=lambda s: s.shallow_macs / s.full_macs)
+        shallow, *deeper = (cut.shallow_macs for cut in signature.cuts)
+        return Measured(last + 1, signature.full_macs, shallow, *deeper)
+
+    def _nested(self, schedule: Schedule, deeper: Sequence[int] = ()) -> Schedule:
+        return schedule if self._deeper is None else Nested(schedule, {self._deeper: Steps(deeper)})
 
     def error(self, candidate: Candidate, limit: float) -> tuple[float, int]:
         """Mean relative L2 distance to the uncached outcome, and how many images were made.
@@ -133,7 +146,8 @@ class Runs:
         reference = self._reference()
         total, made = 0.0, 0
         for batch, expected in zip(self._job.batches(), reference, strict=True):
-            values, _ = self._run(Steps(candidate.steps), candidate.forecast, batch)
+            schedule = self._nested(Steps(candidate.steps), candidate.deeper)
+            values, _ = self._run(schedule, candidate.forecast, batch)
             size = expected.norm(dim=1)
             distance = (values - expected).norm(dim=1) / torch.where(size > 0, size, 1.0)
             total += float(distance.sum())
@@ -152,7 +166,7 @@ class Runs:
             self._uncached = uncached
         return self._uncached
 
-    def _run(self, schedule: Custom | Steps, order: int, batch: range) -> tuple[torch.Tensor, Report]:
+    def _run(self, schedule: Schedule, order: int, batch: range) -> tuple[torch.Tensor, Report]:
         pipe = self._job.pipe
         known, attached = self._runtimes.get(order), runtime_of(pipe.unet)
         if known is not attached:

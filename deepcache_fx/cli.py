@@ -62,14 +62,14 @@ class ScheduleName(str, enum.Enum):
     power = "power"
 
 
-def _branch(text: str) -> Branch:
+def _branch(text: str, option_name: str = "--branch") -> Branch:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 2) or min(numbers) < 0:
         raise typer.BadParameter(
-            f"{text!r} is neither a number of at least 0 nor block,layer as in 1,2", param_hint="--branch"
+            f"{text!r} is neither a number of at least 0 nor block,layer as in 1,2", param_hint=option_name
         )
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
@@ -211,6 +211,9 @@ def calibrate(
     scheduler: option.Scheduler = None,
     forecast: Annotated[str, typer.Option(help="Orders of the forecast to choose from.")] = "0,1,2",
     branch: option.Branch = "0",
+    deeper: Annotated[
+        str, typer.Option(help="A deeper skip connection that shallow steps may begin at, named as --branch is.")
+    ] = "",
     metric: Annotated[MetricName, typer.Option(help="What is compared.")] = MetricName.latents,
     trials: Annotated[int, typer.Option(min=1, help="How many schedules may be tried.")] = 100,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; all of them if not given.")] = None,
@@ -235,6 +238,7 @@ def calibrate(
             target_error=target_error,
             forecast=_orders(forecast),
             branch=_branch(branch),
+            deeper=_branch(deeper, "--deeper") if deeper else None,
             metric=metric.value,
             trials=trials,
             batch_size=batch_size,

@@ -30,6 +30,7 @@ class CalibrationRequest:
     target_error: float | None
     forecast: tuple[int, ...]
     branch: Branch
+    deeper: Branch | None
     metric: str
     trials: int
     batch_size: int | None
@@ -79,6 +80,7 @@ def calibrate_command(request: CalibrationRequest) -> Calibrated:
                     seed=request.seed,
                     forecast=request.forecast,
                     branch=request.branch,
+                    deeper=request.deeper,
                     metric=request.metric,
                     trials=request.trials,
                     batch_size=request.batch_size,
@@ -103,11 +105,13 @@ def _table(found: Calibrated, model: str) -> Table:
     achieved, made_for = found.achieved, found.made_for
     where = f"{made_for.scheduler}, branch {found.branch}, {achieved.images} images, {achieved.trials} schedules tried"
     table = Table(title=f"{model}\n{where}", title_justify="left", show_header=False)
-    letters = "".join("F" if step in found.steps else "s" for step in range(found.num_steps))
-    table.add_row("steps, F full and s shallow", letters)
+    more = f", t from branch {found.deeper_branch}" if found.deeper else ""
+    table.add_row(f"steps: F full, s shallow{more}", found.letters)
     table.add_row("full steps", f"{len(found.steps)} of {found.num_steps}")
     table.add_row("forecast", {0: "0 (repeat)", 1: "1 (linear)", 2: "2 (quadratic)"}[found.forecast])
     table.add_row("cost, of the uncached arithmetic", f"{achieved.cost:.1%}")
     table.add_row(f"error of the {achieved.metric}", f"[bold]{achieved.error:.3g}[/bold]")
     table.add_row("  equally spaced, as many", f"{achieved.uniform_error:.3g}")
+    if achieved.plain_error is not None:
+        table.add_row("  without deeper steps", f"{achieved.plain_error:.3g}")
     return table

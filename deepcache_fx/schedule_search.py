@@ -24,10 +24,22 @@ _SHIFTS = (1, -1, 2, -2)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A schedule to be judged: the full steps, and the order of the forecast between them."""
+    """A schedule to be judged: the full steps, the order of the forecast between them, the steps that begin deeper."""
 
     steps: tuple[int, ...]
     forecast: int
+    deeper: tuple[int, ...] = ()
+
+    def letters(self, num_steps: int) -> str:
+        """The steps of a run: F full, s shallow, t from the deeper skip connection on."""
+        kinds = {**dict.fromkeys(self.deeper, "t"), **dict.fromkeys(self.steps, "F")}
+        return "".join(kinds.get(step, "s") for step in range(num_steps))
+
+    @staticmethod
+    def read(letters: str, forecast: int) -> Candidate:
+        """The schedule that is written so."""
+        steps, deeper = (tuple(i for i, letter in enumerate(letters) if letter == kind) for kind in "Ft")
+        return Candidate(steps, forecast, deeper)
 
 
 Measure = Callable[[Candidate, float], float]
@@ -67,6 +79,49 @@ class Search:
             pass
         return self._best[count]
 
+    def deepen(self, best: Candidate, exchange: float) -> Candidate:
+        """Give full steps for deeper ones, `exchange` for each, while that helps; maybe `best` itself is returned.
+
+        A deeper step refreshes the shallow cache too where that is forecast: refreshes of both kinds are spread evenly,
+        then moved. With order 0 alone nothing is tried.
+        """
+        count = len(best.steps)
+        with contextlib.suppress(OutOfTrials):
+            for order in [order for order in self.orders if order > 0]:
+                failures = 0
+                for given in range(1, count):
+                    extra = min(int(given * exchange), self.num_steps - count + given)
+                    if extra < 1:
+                        continue
+                    tried = _mixed(self.num_steps, count - given, extra, order)
+                    helped = self._deeper_error(tried, best) < self.known[best]
+                    best, failures = (tried, 0) if helped else (best, failures + 1)
+                    if failures == 3:
+                        break
+            while best.deeper and (moved := self._moved(best)) is not None:
+                best = moved
+        return best
+
+    def _moved(self, best: Candidate) -> Candidate | None:
+        """Better with one refresh, of either kind, moved by a step; None where there is no such."""
+        for step in (*best.deeper, *best.steps[1:]):
+            for moved in (step + 1, step - 1):
+                if 0 < moved < self.num_steps and moved not in (*best.deeper, *best.steps):
+                    steps, deeper = (
+                        tuple(sorted(moved if at == step else at for at in one)) for one in (best.steps, best.deeper)
+                    )
+                    tried = Candidate(steps, best.forecast, deeper)
+                    if self._deeper_error(tried, best) < self.known[best]:
+                        return tried
+        return None
+
+    def _deeper_error(self, candidate: Candidate, best: Candidate) -> float:
+        if candidate not in self.known:
+            if len(self.known) >= self.trials:
+                raise OutOfTrials
+            self.known[candidate] = self.measure(candidate, self.known[best])
+        return self.known[candidate]
+
     def at_error(self, target: float) -> Candidate:
         """The schedule with the fewest full steps whose error is at most `target`.
 
@@ -101,10 +156,6 @@ class Search:
                 count = fewer
         except OutOfTrials:
             pass
-        return self._best[count]
-
-    def best(self, count: int) -> Candidate:
-        """The best one judged so far that has this many full steps; there must be one."""
         return self._best[count]
 
     def _error(self, candidate: Candidate, *, free: bool = False) -> float:
@@ -155,6 +206,16 @@ def uniform(num_steps: int, count: int) -> tuple[int, ...]:
     if interval is not None:
         return tuple(Uniform(interval).full_steps(num_steps))
     return tuple(index * num_steps // count for index in range(count))
+
+
+def _mixed(num_steps: int, count: int, extra: int, order: int) -> Candidate:
+    """`count` full steps among `count + extra` refreshes, both at equal distances."""
+    refreshes = uniform(num_steps, count + extra)
+    full = {index * len(refreshes) // count for index in range(count)}
+    steps, deeper = (
+        tuple(at for index, at in enumerate(refreshes) if (index in full) is chosen) for chosen in (True, False)
+    )
+    return Candidate(steps, order, deeper)
 
 
 def starts(num_steps: int, count: int) -> list[tuple[int, ...]]:

@@ -206,12 +206,12 @@ def test_a_file_from_other_weights_or_another_scheduler_is_refused(found: Calibr
         (lambda s: s.update(format="x"), "holds no search to go on with"),
         (lambda s: s.pop("search"), "holds no search to go on with"),
         (lambda s: s["search"].pop("settings"), "holds no search to go on with"),
-        (lambda s: s["search"].pop("measured"), "measured must hold num_steps, full_macs, shallow_macs"),
+        (lambda s: s["search"].pop("measured"), "measured must hold num_steps, full_macs, shallow_macs, deeper_macs"),
         (lambda s: s["search"]["measured"].update(num_steps=-1), "each an integer of at least 0"),
         (lambda s: s["search"]["measured"].update(full_macs=0), "above 0"),
         (lambda s: s["search"].update(evaluations={}), "evaluations must be a list"),
         (lambda s: s["search"]["evaluations"].append(3), "an evaluation must hold steps .7 letters.* got 3"),
-        (lambda s: s["search"]["evaluations"][0].update(steps="Fs"), "7 letters, F full and s shallow"),
+        (lambda s: s["search"]["evaluations"][0].update(steps="Fs"), "7 letters: F full, s shallow"),
         (lambda s: s["search"]["evaluations"][0].update(steps="sFsFsFs"), "an evaluation must hold"),
         (lambda s: s["search"]["evaluations"][0].update(steps="FsFsFs?"), "an evaluation must hold"),
         (lambda s: s["search"]["evaluations"][0].update(forecast=True), "an evaluation must hold"),
@@ -359,3 +359,40 @@ def test_weights_that_give_no_numbers_are_refused() -> None:
 def test_refuses_what_makes_no_sense(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DeepCacheError, match=message):
         calibrate(**changes)
+
+
+def test_deeper_steps_are_taken_where_they_help_within_the_budget(tmp_path: Path, judged: list[Candidate]) -> None:
+    file = tmp_path / "deeper.json"
+    settings = dict(deeper=2, trials=24, forecast=1, out=file)
+    found = calibrate(**settings)
+    assert found.achieved.plain_error is not None
+    assert found.achieved.error <= found.achieved.plain_error <= found.achieved.uniform_error
+    assert any(candidate.deeper for candidate in judged)
+    measured = Measured(**json.loads(file.read_text())["search"]["measured"])
+    assert measured.shallow_macs < measured.deeper_macs < measured.full_macs
+    assert found.achieved.cost == measured.cost(len(found.steps), len(found.deeper)) <= measured.cost(BUDGET) + 1e-9
+    assert {e["error"] for e in evaluations(file)} >= {found.achieved.error, found.achieved.plain_error}
+    tried = len(judged)
+    assert calibrate(**settings) == found == Schedule.load(file)
+    assert len(judged) == tried  # gone on with: nothing is run again
+    # The figure is that of a plain run.
+    best = next(c for c in judged if (c.steps, c.deeper) == (found.steps, found.deeper))
+    pipe = deepcache_fx.optimize(small.pipeline(), **found.options, **QUICK)
+    cached, uncached = generate(pipe), generate(small.pipeline())
+    assert deepcache_fx.report(pipe).last_run == best.letters(STEPS)
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(cached, uncached, strict=True)]
+    assert found.achieved.error == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"budget": ..., "target_error": 0.1}, "deeper needs a budget, and an order of the forecast above 0"),
+        ({"forecast": 0}, "deeper needs a budget, and an order of the forecast above 0"),
+        ({"deeper": -1}, "branch must be a number of at least 0"),
+        ({"deeper": 0}, "must be deeper than optimize's branch 0"),
+    ],
+)
+def test_a_deeper_branch_that_makes_no_sense_is_refused(changes: dict[str, Any], error: str) -> None:
+    with pytest.raises(DeepCacheError, match=error):
+        calibrate(**{"deeper": 2, **changes})

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionMode
 
 from deepcache_fx import Schedule, ScheduleError, Steps
 from deepcache_fx.calibrated import FORMAT, Achieved, Calibrated
+from deepcache_fx.calibrated_file import parse
 from deepcache_fx.made_for import MadeFor
 from deepcache_fx.schedule import as_schedule
 from tests import compvis, models, small
@@ -200,3 +202,32 @@ def test_loading_a_schedule_imports_no_torch(tmp_path: Path) -> None:
         "assert Schedule.load(sys.argv[1]).steps == (0, 2, 7); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.json")], check=False).returncode == 0
+
+
+DEEPER = replace(FOUND, deeper=(4, 9), deeper_branch=(1, 0), achieved=replace(ACHIEVED, plain_error=0.02))
+
+
+def test_deeper_steps_are_kept_and_told(tmp_path: Path) -> None:
+    DEEPER.save(tmp_path / "a.json")
+    loaded = Schedule.load(tmp_path / "a.json")
+    assert loaded == DEEPER
+    assert loaded.letters == "FsFstssFst"
+    assert [loaded.branch_at(step, 10) for step in (0, 4, 5, 9)] == [None, (1, 0), None, (1, 0)]
+    assert loaded.branches == ((1, 0),)
+    assert str(loaded).startswith("Calibrated(3 of 10 steps full, 2 from branch (1, 0), branch 0")
+    assert FOUND.branches == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"deeper": [4, 10]}, "deeper must be below num_steps, which is 10, got 10"),
+        ({"deeper": [9, 4]}, "deeper must be rising step numbers"),
+        ({"deeper": [2, 4]}, "deeper must name no full step, got \\[2\\]"),
+        ({"deeper_branch": None}, "deeper_branch must be a branch where there are deeper steps"),
+        ({"deeper_branch": "1"}, "deeper_branch must be a number of at least 0, \\[block, layer\\] or null"),
+    ],
+)
+def test_deeper_steps_that_make_no_sense_are_refused(changes: dict[str, object], error: str) -> None:
+    with pytest.raises(ScheduleError, match=error):
+        parse({**json.loads(json.dumps(DEEPER.to_dict())), **changes})

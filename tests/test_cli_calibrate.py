@@ -130,3 +130,14 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
 ) -> None:
     refused([text.format(model=model) for text in arguments], message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_deeper_skip_connection_is_named_as_the_branch_is(model: str) -> None:
+    command = ["--model", model, "--prompt", "a cat", "--budget", "2", "--out", "a.json", *QUICK, "--trials", "8"]
+    code, output, error = run(*command, "--deeper", "1,0")
+    assert (code, error) == (0, "")
+    assert "without deeper steps" in output
+    assert Schedule.load("a.json").letters in output
+    settings = json.loads(Path("a.json").read_text())["search"]["settings"]
+    assert settings["deeper"] == [1, 0]
+    refused([*command, "--deeper", "x"], "--deeper: 'x' is neither a number of at least 0 nor block,layer")

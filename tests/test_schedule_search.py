@@ -7,6 +7,8 @@ from collections.abc import Callable
 from itertools import combinations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepcache_fx.errors import ScheduleError
 from deepcache_fx.schedule import Power, Uniform
@@ -111,3 +113,51 @@ def test_the_published_schedules_are_among_the_starts() -> None:
         assert uniform(50, count) == tuple(Uniform(interval).full_steps(50))
         assert tuple(Power(interval, center=15).full_steps(50)) in starts(50, count)
     assert uniform(50, 20) == tuple(index * 50 // 20 for index in range(20))  # no interval has twenty
+
+
+def nested(candidate: Candidate) -> float:
+    """A made-up error: of the last refresh of either kind, and a little of the last full step."""
+    total = 0.0
+    for step in range(STEPS):
+        full = max(s for s in candidate.steps if s <= step)
+        last = max(s for s in (*candidate.steps, *candidate.deeper) if s <= step)
+        total += (step - last) ** 2 + 0.1 * (step - full)
+    return total
+
+
+@pytest.mark.parametrize("exchange", [0.4, 1.0, 3.0, 7.9])
+@pytest.mark.parametrize("count", [1, 2, 4, 6])
+def test_gives_full_steps_for_deeper_ones_only_where_that_helps(count: int, exchange: float) -> None:
+    asked: list[Candidate] = []
+    search = Search(counted(nested, asked), STEPS, (0, 1), trials=10**6)
+    plain = search.at_budget(count)
+    found = search.deepen(plain, exchange)
+    assert nested(found) <= nested(plain)
+    assert len(found.deeper) <= exchange * (count - len(found.steps))
+    assert not set(found.steps) & set(found.deeper)
+    assert found.steps[0] == 0
+    assert len(asked) == len(set(asked))
+    if exchange > 1 and count > 1:
+        assert found.deeper
+        assert nested(found) < nested(plain)
+        step = found.deeper[0]
+        for moved in {step - 1, step + 1} - {*found.steps, *found.deeper, STEPS}:
+            other = Candidate(found.steps, 1, tuple(moved if at == step else at for at in found.deeper))
+            assert nested(found) <= nested(other)
+
+
+def test_deeper_steps_need_a_forecast_and_keep_to_the_number_of_trials() -> None:
+    for orders in ((0,), (0, 1)):
+        asked: list[Candidate] = []
+        search = Search(counted(nested, asked), STEPS, orders, trials=20)
+        plain = search.at_budget(4)
+        search.trials = len(asked) + 2
+        found = search.deepen(plain, 3.0)
+        assert len(asked) <= search.trials
+        assert (found is plain) == (orders == (0,))
+
+
+@given(st.integers(2, 30), st.data())
+def test_letters_tell_a_candidate(num_steps: int, data: st.DataObject) -> None:
+    kinds = "F" + data.draw(st.text("Fst", min_size=num_steps - 1, max_size=num_steps - 1))
+    assert Candidate.read(kinds, 1).letters(num_steps) == kinds

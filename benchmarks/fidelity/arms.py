@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -52,7 +53,14 @@ def all_arms() -> dict[str, Arm]:
             _ours(lambda s: dict(schedule=nested(s.case.interval), forecast=1)),
         ),
         Arm(
-            "calibrated", "full steps and order of the forecast calibrated, as many full steps as 1:N has", _calibrated
+            "calibrated",
+            "full steps and order of the forecast calibrated, as many full steps as 1:N has",
+            functools.partial(_calibrated, trials=CALIBRATION_TRIALS),
+        ),
+        Arm(
+            "calibrated-nested",
+            f"calibrated, with steps from branch {NESTED_BRANCH} on in place of full ones, at the cost of 1:N at most",
+            functools.partial(_calibrated, trials=2 * CALIBRATION_TRIALS, deeper=NESTED_BRANCH),
         ),
         Arm(
             "fewer-steps",
@@ -96,7 +104,7 @@ def _forecast(order: int) -> Arm:
     return Arm(f"forecast-{order}", f"uniform 1:N, the cached feature forecast ({name})", arguments)
 
 
-def _calibrated(setting: Setting) -> AbstractContextManager[Any]:
+def _calibrated(setting: Setting, trials: int, deeper: int | None = None) -> AbstractContextManager[Any]:
     """Calibrated to as many full steps as uniform 1:N has, on seeds that the judged images do not use."""
     case, model = setting.case, setting.model
     setting.work.mkdir(parents=True, exist_ok=True)
@@ -107,8 +115,9 @@ def _calibrated(setting: Setting) -> AbstractContextManager[Any]:
         budget=uniform_calls(case.steps, case.interval).count("F"),
         steps=case.steps,
         branch=case.branch,
+        deeper=deeper,
         seed=case.seed + case.images,
-        trials=CALIBRATION_TRIALS,
+        trials=trials,
         out=setting.work / f"{name}.json",
         **model.call,
     )
