@@ -479,6 +479,9 @@ def test_targets_are_read_off_the_rows() -> None:
         "closer than fewer-steps at every N up to 10, dB": ("N=3: +8.0, N=5: -1.5", False),
     }
     assert targets(ROWS[:3]) == []
+    medians = [dataclasses.replace(r, outcome=dataclasses.replace(r.outcome, scores=dataclasses.replace(
+        r.scores, psnr_median=value))) for r, value in ((ROWS[1], 31.0), (ROWS[3], 43.5)) if r.outcome]  # fmt: skip
+    assert targets(medians)[0].found == "+11.0 dB (the median image +12.5 dB)"
 
 
 def test_the_pareto_front_holds_what_nothing_beats() -> None:
@@ -489,17 +492,20 @@ def test_the_report_is_made_of_the_files_alone(tmp_path: Path) -> None:
     results, docs, work = tmp_path / "results", tmp_path / "docs", tmp_path / "work"
     write(results / "fidelity-tiny.json")
     (results / "other.json").write_text("[]")
-    assert write_report(results, docs, work) == len(ROWS)
+    assert write_report(results, docs, work, pictured=1) == len(ROWS)
     text = (docs / "fidelity.md").read_text()
     assert "| forecast-1 | 3 | 2 + 4 | 40.4% | 40.4% | 41.0 |" in text
     assert "| forecast-1 | N=5: +8 dB over repeat | +7.0 dB | **no** |" in text
+    assert "| tiny | DDIM | 6 | 4 | 41.0 (+11.0, +8.0) | 32.0 (+7.0, -1.5) |" in text
     assert "calibrated at N = 3: absent, no such branch" in text
     assert "SSIM |" not in text.split("## tiny")[1], "columns without numbers are left out"
     pictures = sorted(path.name for path in (docs / "fidelity").iterdir())
     assert pictures == ["tiny-ddim-6-4-branch-0-cpu.png"]
     assert f"(fidelity/{pictures[0]})" in text
-    write_report(results, docs, work)
+    write_report(results, docs, work, pictured=1)
     assert (docs / "fidelity.md").read_text() == text
+    write_report(results, docs, work)
+    assert "![" not in (docs / "fidelity.md").read_text(), "few images: a table alone"
     with pytest.raises(deepcache_fx.DeepCacheError, match="no rows in"):
         write_report(work.parent / "docs", docs, work)
 
@@ -507,12 +513,12 @@ def test_the_report_is_made_of_the_files_alone(tmp_path: Path) -> None:
 def test_the_sheet_has_a_row_for_every_arm(sweep: Sweep, tmp_path: Path) -> None:
     sweep.run([CASE, case("fewer-steps", 3), case("zeroed", 3)])
     docs = tmp_path / "docs"
-    write_report(sweep.file.path.parent, docs, sweep.work)
+    write_report(sweep.file.path.parent, docs, sweep.work, pictured=1)
     sheet = docs / "fidelity" / "tiny-ddim-6-4-branch-0-cpu-sheet.png"
     with Image.open(sheet) as image:
         assert image.width > 100
     sheet_bytes = sheet.read_bytes()
-    write_report(sweep.file.path.parent, docs, tmp_path / "empty")
+    write_report(sweep.file.path.parent, docs, tmp_path / "empty", pictured=1)
     assert sheet.read_bytes() == sheet_bytes, "kept where the images are gone"
     assert "-sheet.png" in (docs / "fidelity.md").read_text()
 
