@@ -19,17 +19,17 @@ class CutReport:
     layer: int
     shallow_macs: int
     cache_bytes: int
-    """Of one refresh, for one UNet call of a step. A forecast keeps as much again for each of its orders."""
+    """Of one refresh, for one UNet call of a step."""
     plain_shallow_macs: int
     plain_cache_bytes: int
     """What the shallow step would compute and read, were the deep feature cached as it is."""
 
-    def line(self, full_macs: int) -> str:
+    def line(self, full_macs: int, refreshes: int) -> str:
         """For a reader."""
         share = self.shallow_macs / full_macs if full_macs else 1.0
         text = (
             f"branch {self.branch} (block {self.block}, layer {self.layer}): shallow {self.shallow_macs / 1e9:.3g} "
-            f"GMAC ({share:.1%}), cache {self.cache_bytes / 2**20:.2f} MiB"
+            f"GMAC ({share:.1%}), cache {f'{refreshes} x ' * (refreshes > 1)}{self.cache_bytes / 2**20:.2f} MiB"
         )
         if (self.shallow_macs, self.cache_bytes) == (self.plain_shallow_macs, self.plain_cache_bytes):
             return text
@@ -47,6 +47,8 @@ class CaptureReport:
     """Computed once per prompt, for all variants."""
     cuts: tuple[CutReport, ...]
     """From the shallowest; most schedules have one."""
+    refreshes: int
+    """How many refreshes of each cache are kept: one more than the order of the forecast."""
     capture_seconds: float
     """Capture, passes and split; compilation happens at the first calls."""
     passes: tuple[PassRecord, ...]
@@ -69,8 +71,8 @@ class CaptureReport:
 
     @property
     def cache_bytes(self) -> int:
-        """Of one refresh of all cuts."""
-        return sum(cut.cache_bytes for cut in self.cuts)
+        """Of all refreshes that are kept of all cuts, for one UNet call of a step."""
+        return self.refreshes * sum(cut.cache_bytes for cut in self.cuts)
 
     def mean_shallow_macs(self, calls_by_branch: Mapping[int, int]) -> int:
         """Of so many shallow calls by branch; of the shallowest cut where there are none."""
@@ -235,7 +237,7 @@ class Report:
                 f"  captured {item.inputs} in {item.capture_seconds:.1f} s: full {item.full_macs / 1e9:.3g} GMAC, "
                 f"{item.prompt_macs / 1e9:.3g} once per prompt"
             )
-            lines += [f"    {cut.line(item.full_macs)}" for cut in item.cuts]
+            lines += [f"    {cut.line(item.full_macs, item.refreshes)}" for cut in item.cuts]
             lines += [f"    {record}" for record in item.passes]
             for name, seconds in item.first_call_seconds.items():
                 lines.append(f"    first {name} call: {seconds:.2f} s")

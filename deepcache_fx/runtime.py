@@ -379,6 +379,7 @@ class Runtime:
                     )
                     for cut in entry.variants.cuts
                 ),
+                refreshes=self.options.forecast + 1,
                 capture_seconds=entry.seconds,
                 passes=entry.passes,
                 first_call_seconds=dict(entry.programs.first_call_seconds),

@@ -162,7 +162,8 @@ def test_each_cut_has_listings_and_counts() -> None:
     assert macs == sorted(macs)
     assert signature.mean_shallow_macs({0: 1, 2: 1}) == round((macs[0] + macs[2]) / 2)
     assert signature.mean_shallow_macs({}) == macs[0]
-    assert found.cache_bytes == sum(cut.cache_bytes for cut in signature.cuts)
+    assert found.cache_bytes == 2 * sum(cut.cache_bytes for cut in signature.cuts)
+    assert f"cache 2 x {signature.cuts[0].cache_bytes / 2**20:.2f} MiB" in str(found)
 
 
 def test_a_schedule_with_other_branches_needs_other_programs_and_one_with_the_same_keeps_them() -> None:
