@@ -9,7 +9,7 @@ from deepcache_fx.comparison import Comparison, UNetCalls
 from tests import models
 
 SIZE = {"height": 16, "width": 16}
-_LEVELS = dict(
+LEVELS = dict(
     block_out_channels=(8, 16),
     layers_per_block=1,
     norm_num_groups=4,
@@ -17,14 +17,24 @@ _LEVELS = dict(
     mid_block_type="UNetMidBlock2D",
     up_block_types=("UpBlock2D", "UpBlock2D"),
 )
+"""Of a UNet: attention in the deeper half."""
+ATTENTION_ON_TOP = dict(
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
+    down_block_types=("DownBlock2D", "DownBlock2D"),
+    mid_block_type=None,
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
+"""Of a UNet: two transformer blocks in the last up block. The second belongs to the shallow step."""
 
 
 def pipeline() -> StableDiffusionPipeline:
-    return models.sd_pipeline(models.sd_unet(**_LEVELS))
+    return models.sd_pipeline(models.sd_unet(**LEVELS))
 
 
 def _sdxl_unet() -> torch.nn.Module:
-    return models.sdxl_unet(**_LEVELS, transformer_layers_per_block=1, cross_attention_dim=2 * models.TEXT)
+    return models.sdxl_unet(**LEVELS, transformer_layers_per_block=1, cross_attention_dim=2 * models.TEXT)
 
 
 def base() -> StableDiffusionXLPipeline:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from deepcache_fx import cli, cli_compare, files
 from deepcache_fx.config import DEFAULT_FORECAST
 from deepcache_fx.errors import DeepCacheError
-from tests import small
+from tests import command, small
+from tests.command import run
 
 QUICK = ("--steps", "4", "--height", "16", "--width", "16", "--repeats", "1", "--no-warmup", "--device", "cpu")
 
@@ -36,20 +36,9 @@ def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli.main, arguments)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
 def refused(arguments: Sequence[str], message: str, tmp_path: Path) -> None:
-    """One line on stderr that says what is wrong, exit code 2, nothing written."""
-    code, output, error = run(*arguments)
-    assert (code, output) == (2, "")
-    assert error.startswith("deepcache-fx: ")
-    assert error.count("\n") == 1
-    assert message in error
+    """With one line on stderr, and nothing is written."""
+    command.refused(arguments, message)
     assert list(tmp_path.iterdir()) == []
 
 

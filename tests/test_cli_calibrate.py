@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from deepcache_fx import Schedule, cli, cli_calibrate
-from tests import small
+from deepcache_fx import Schedule, cli_calibrate
+from tests import command, small
 
 QUICK = ("--steps", "5", "--height", "16", "--width", "16", "--trials", "3", "--forecast", "1", "--device", "cpu")
 
@@ -30,18 +29,11 @@ def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli.main, ["calibrate", *arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    return command.run("calibrate", *arguments)
 
 
 def refused(arguments: Sequence[str], message: str) -> None:
-    code, output, error = run(*arguments)
-    assert (code, output) == (2, "")
-    assert error.startswith("deepcache-fx: ")
-    assert error.count("\n") == 1
-    assert message in error
+    command.refused(["calibrate", *arguments], message)
 
 
 def test_writes_the_schedule_and_goes_on_from_it(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

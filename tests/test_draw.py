@@ -28,6 +28,7 @@ from deepcache_fx.signature import CallReader
 from deepcache_fx.skips import SkipConnection, find_skip_connections
 from deepcache_fx.split import RATES, Cost, Macs, Variants, split
 from deepcache_fx.svg import fit, text_width
+from tests import small
 from tests.compvis import CompVisUNet
 from tests.models import sd_unet
 
@@ -118,14 +119,7 @@ def compvis() -> Subject:
 
 @pytest.fixture(scope="module")
 def sd() -> Subject:
-    unet = sd_unet(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        mid_block_type="UNetMidBlock2D",
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
+    unet = sd_unet(**small.LEVELS)
     return Subject(unet, example_inputs(unet))
 
 

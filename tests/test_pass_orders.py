@@ -18,7 +18,7 @@ from deepcache_fx.assemble import DEFAULT_PASSES, default_names, last_passes
 from deepcache_fx.capture import capture
 from deepcache_fx.signature import CallReader
 from passes import FuseGroupNorm, Pass, SplitOverCat, pass_name, run_passes
-from tests import models
+from tests import models, small
 from tests.compvis import CompVisUNet
 from tests.graphs import check_metadata, error, unet_call
 from tests.oracles import REPEATING, CatOracle
@@ -65,14 +65,7 @@ def check_order(captured: Captured, order: tuple[Pass, ...]) -> list[bool]:
 
 @cache
 def unet_graph() -> Captured:
-    unet = models.sd_unet(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        mid_block_type=None,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    unet = models.sd_unet(**small.ATTENTION_ON_TOP)
     return capture_of(unet, *unet_call())
 
 

@@ -36,15 +36,7 @@ FULL = {0, 3}  # of interval=3: full, shallow, shallow, full
 
 
 def make_unet() -> UNet2DConditionModel:
-    """Two transformer blocks in the last up block: the second belongs to the shallow step."""
-    return models.sd_unet(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        mid_block_type=None,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).requires_grad_(False)
+    return models.sd_unet(**small.ATTENTION_ON_TOP).requires_grad_(False)
 
 
 @torch.no_grad()
