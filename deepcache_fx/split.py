@@ -149,8 +149,8 @@ def split(
     chosen = prompt_inputs if "prompt_rate" in rates else ()
     cuts = []
     for number, branch in enumerate(branches):
-        # To repeat a value that is newer than the deep feature it came from brings an image farther off: a deeper step
-        # refreshes the other caches where they are forecast (docs/fidelity.md).
+        # A deeper step knows newer values for the cuts above it. A forecast is better for them; where values are repeated
+        # all caches stay those of the last full step, as published.
         refreshed = number if forecast else 0
         shallow = extract(graph, kept[number], chain.from_iterable(kept[:refreshed])).second
         if forecast:

@@ -71,7 +71,7 @@ def steps(count: int, **arguments: Any) -> dict[str, Any]:
 
 
 def unet(**changes: Any) -> torch.nn.Module:
-    return models.sd_unet(**{**small._LEVELS, **changes})
+    return models.sd_unet(**{**small.LEVELS, **changes})
 
 
 def attentive(**changes: Any) -> torch.nn.Module:
@@ -184,7 +184,7 @@ def instruct_pix2pix() -> Case:
 
 def instruct_pix2pix_xl() -> Case:
     network = models.sdxl_unet(
-        **small._LEVELS, transformer_layers_per_block=1, cross_attention_dim=2 * TEXT, in_channels=8
+        **small.LEVELS, transformer_layers_per_block=1, cross_attention_dim=2 * TEXT, in_channels=8
     )
     parts = models.sdxl_pipeline(network).components
     del parts["image_encoder"], parts["feature_extractor"]
@@ -380,7 +380,7 @@ def perturbed_attention() -> Case:
 
 def perturbed_attention_xl() -> Case:
     network = models.sdxl_unet(
-        **{**small._LEVELS, "mid_block_type": "UNetMidBlock2DCrossAttn"},
+        **{**small.LEVELS, "mid_block_type": "UNetMidBlock2DCrossAttn"},
         transformer_layers_per_block=1,
         cross_attention_dim=2 * TEXT,
     )
@@ -435,7 +435,7 @@ def animate_diff() -> Case:
     )
     network = models.sd_unet(
         **{
-            **small._LEVELS,
+            **small.LEVELS,
             "mid_block_type": "UNetMidBlock2DCrossAttn",
             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         }
