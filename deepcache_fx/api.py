@@ -11,7 +11,6 @@ import torch
 from deepcache_fx.assemble import check_disabled
 from deepcache_fx.attach import attach, check_attachable, detach, original_class, runtime_of
 from deepcache_fx.branch import Branch
-from deepcache_fx.calibrated import Calibrated
 from deepcache_fx.config import DEFAULT_FORECAST, Options
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.follow import PipelineWatch, bring_back
@@ -97,8 +96,7 @@ def optimize(
     module, pipeline = _resolve(target)
     check_attachable(module)
     check_disabled(wanted)
-    if isinstance(wanted.schedule, Calibrated):
-        wanted.schedule.check(module, getattr(pipeline, "scheduler", None))
+    wanted.schedule.check(module, getattr(pipeline, "scheduler", None))
     before = runtime_of(module)
     unchanged = before if before is not None and before.options == wanted else None
     runtime = unchanged or _replace(module, before, wanted)

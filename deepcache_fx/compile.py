@@ -48,23 +48,19 @@ def compile_variant(variant: fx.GraphModule, options: Options, device: torch.dev
 
 
 def _told_apart(program: Program) -> Program:
-    """The program, whose first call, the one that is traced, is given no tensor object twice.
+    """The program, which is given no tensor object twice: any call may be the one that is traced.
 
     Of a tensor that is given twice Dynamo makes one input, and leaves it to a guard that later calls do so too.
     """
-    traced = False
 
     def call(*tensors: torch.Tensor) -> Sequence[Any]:
-        nonlocal traced
-        if traced:
+        if len({*map(id, tensors)}) == len(tensors):
             return program(*tensors)
         distinct: dict[int, torch.Tensor] = {}
         for tensor in tensors:
             once = tensor.detach() if id(tensor) in distinct else tensor
             distinct[id(once)] = once
-        leaves = program(*distinct.values())
-        traced = True
-        return leaves
+        return program(*distinct.values())
 
     return call
 

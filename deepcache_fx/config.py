@@ -35,7 +35,9 @@ class Options:
 
     def same_programs(self, other: Options) -> bool:
         """True where the other options need the same captured and compiled programs: only the steps differ."""
-        return replace(self, schedule=other.schedule) == other and self.schedule.branches == other.schedule.branches
+        return replace(self, schedule=other.schedule) == other and (
+            set(self.schedule.branches) == set(other.schedule.branches)
+        )
 
     @staticmethod
     def make(

@@ -198,13 +198,14 @@ class Report:
 
     @property
     def graphs(self) -> tuple[Mapping[str, str], ...]:
-        """Per signature, what runs as readable Python: "full" and "shallow", and their "_prompt" stages."""
+        """Per signature, what runs as readable Python: "full", "shallow", "shallow_3" at branch 3, "full_prompt"."""
         return tuple(item.graphs for item in self.signatures)
 
     def to_dict(self, *, graphs: bool = False) -> dict[str, Any]:
         """Plain values, ready for JSON; `graphs` adds the text of every graph, which is long."""
         bare = replace(self, signatures=tuple(replace(item, graphs={}) for item in self.signatures))
         values = {**asdict(bare), "engaged": self.engaged}
+        values["calls_by_branch"] = {str(branch): calls for branch, calls in self.calls_by_branch.items()}
         for item, listed in zip(values["signatures"], self.graphs, strict=True):
             if graphs:
                 item["graphs"] = dict(listed)

@@ -239,7 +239,7 @@ class Runtime:
                     self.counts.by_cut[entry.variants.cuts[cut].branch.index] += 1
                     state.trace.append(SHALLOW_LETTERS[min(cut, len(SHALLOW_LETTERS) - 1)])
                     return entry.captured.outputs(leaves)
-            forced = _CHANGED
+            forced, slot = _CHANGED, None  # the step may have refreshed caches of its feature: not to be forecast from
         elif not wanted_full:
             self._have_settings_changed(state, module, call)
         if not wanted_full:
@@ -284,6 +284,11 @@ class Runtime:
             schedule = self.options.schedule
             is_full = step == 0 or schedule.is_full(step, num_steps)
             branch = None if is_full else schedule.branch_at(step, num_steps)
+            if branch is not None and branch not in schedule.branches:
+                raise ScheduleError(
+                    f"{schedule} begins step {step} at branch {branch}, which its `branches` do not name: they are "
+                    f"{schedule.branches}; None stands for the branch of optimize()"
+                )
             state.answer = step, num_steps, (is_full, branch)
         return state.answer[2]
 

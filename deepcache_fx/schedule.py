@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -41,6 +41,9 @@ class Schedule(ABC):
     def full_steps(self, num_steps: int) -> list[int]:
         """The full steps of a run of `num_steps` steps, in order. Step 0 is always one of them."""
         return [step for step in range(num_steps) if step == 0 or self.is_full(step, num_steps)]
+
+    def check(self, unet: Any, scheduler: Any = None) -> None:  # noqa: B027 - most have nothing to check
+        """Raise a ScheduleError where the schedule was made for another UNet or scheduler; `optimize` asks."""
 
     @staticmethod
     def load(path: str | Path) -> Calibrated:
@@ -193,6 +196,9 @@ class Window(Schedule):
     def branches(self) -> tuple[Branch, ...]:
         return self.inner.branches
 
+    def check(self, unet: Any, scheduler: Any = None) -> None:
+        self.inner.check(unet, scheduler)
+
     def _inner_steps(self, num_steps: int | None) -> int | None:
         """How many steps the inner schedule has; None where that is unknown."""
         end = self.end
@@ -207,21 +213,28 @@ class Nested(Schedule):
 
     `deeper` says, for skip connections by number or (block, layer), at which steps to begin there: at those that the
     schedule beside it, or 1:N where that is a number, would make full. Where several do, the last counts: name the
-    shallowest first. `Nested(6, {3: 3})` makes steps 0, 6, 12, ... full, and steps 3, 9, 15, ... begin at branch 3.
+    shallowest first. `Nested(6, {3: 3})` makes steps 0, 6, 12, ... full, and steps 3, 9, 15, ... begin at branch 3. A
+    schedule in `deeper` is asked only at steps that nothing else claims before it.
 
     Such a step computes less than a full one and more than the others. With a forecast it refreshes the caches of the
     skip connections above it too, so that these follow more steps than the full ones. Each skip connection has a cache
     and a program of its own.
 
     Raises:
-        ScheduleError: `deeper` is empty, names a skip connection twice, or none that there can be.
+        ScheduleError: `deeper` is no mapping, is empty, or names a skip connection twice.
+        BranchError: it names none that there can be.
     """
 
     inner: Schedule
     deeper: tuple[tuple[Branch, Schedule], ...]
 
     def __init__(self, inner: object, deeper: Mapping[Branch, object] | Iterable[tuple[Branch, object]]) -> None:
-        pairs = list(deeper.items() if isinstance(deeper, Mapping) else deeper)
+        try:
+            pairs = [(branch, one) for branch, one in (deeper.items() if isinstance(deeper, Mapping) else deeper)]
+        except (TypeError, ValueError) as error:
+            raise ScheduleError(
+                f"deeper must map skip connections to schedules, as in {{3: 3}}, got {deeper!r}"
+            ) from error
         if not pairs:
             raise ScheduleError("deeper must name at least one skip connection: use the inner schedule as it is")
         chosen = [(check_branch(branch), as_schedule(schedule)) for branch, schedule in pairs]
@@ -246,6 +259,10 @@ class Nested(Schedule):
     @property
     def branches(self) -> tuple[Branch, ...]:
         return (*(branch for branch, _ in self.deeper), *self.inner.branches)
+
+    def check(self, unet: Any, scheduler: Any = None) -> None:
+        for schedule in (self.inner, *(one for _, one in self.deeper)):
+            schedule.check(unet, scheduler)
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,8 @@ def split(
     chosen = prompt_inputs if "prompt_rate" in rates else ()
     cuts = []
     for number, branch in enumerate(branches):
-        # A deeper step knows newer values for the cuts above it. A forecast is better for them; where values are repeated
-        # all caches stay those of the last full step, as published.
+        # A deeper step knows newer values for the cuts above it. Forecasts are better for them; where values are
+        # repeated, all caches stay those of the last full step, as published.
         refreshed = number if forecast else 0
         shallow = extract(graph, kept[number], chain.from_iterable(kept[:refreshed])).second
         if forecast:

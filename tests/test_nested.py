@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 from unittest import mock
 
@@ -9,11 +10,22 @@ import pytest
 import torch
 
 import deepcache_fx
-from deepcache_fx import BranchError, Nested, Schedule, Steps, Uniform, Window, cuda_graphs
-from tests import models
+from deepcache_fx import (
+    BranchError,
+    DeepCacheError,
+    Nested,
+    Schedule,
+    ScheduleError,
+    Steps,
+    Uniform,
+    Window,
+    cuda_graphs,
+)
+from tests import compvis, models
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
 from tests.oracles import TO_THE_BIT, joins_channels
+from tests.pipelines import one_controlnet
 
 TIMESTEPS = torch.arange(950, -1, -50)
 SCHEDULE = Nested(6, {1: 3, 2: Steps([4, 9, 16])})
@@ -172,6 +184,9 @@ def test_a_schedule_with_other_branches_needs_other_programs_and_one_with_the_sa
     deepcache_fx.optimize(unet, schedule=Nested(4, {1: 2}), forecast=1, backend="eager")
     denoise(unet, TIMESTEPS[:4])
     assert deepcache_fx.report(unet).captures == 1
+    for schedule in (Nested(Nested(8, {1: 2}), {1: 4}), Window(1, None, Nested(4, {1: 2}))):
+        deepcache_fx.optimize(unet, schedule=schedule, forecast=1, backend="eager")
+        assert deepcache_fx.report(unet).captures == 1
     deepcache_fx.optimize(unet, schedule=Nested(4, {2: 2}), forecast=1, backend="eager")
     denoise(unet, TIMESTEPS[:4])
     assert [cut.branch for cut in deepcache_fx.report(unet).signatures[0].cuts] == [0, 2]
@@ -182,3 +197,65 @@ def test_a_branch_that_is_not_deeper_or_not_there_is_refused(deeper: Any) -> Non
     unet = deepcache_fx.optimize(CompVisUNet(), branch=1, schedule=Nested(6, {deeper: 3}), backend="eager")
     with pytest.raises(BranchError, match=r"must be deeper|out of range"):
         denoise(unet, TIMESTEPS[:2])
+
+
+def test_two_names_of_one_skip_connection_share_a_cut() -> None:
+    [first] = [
+        skip for skip in deepcache_fx.plan(CompVisUNet(), example_inputs=compvis.INPUTS).branches if skip.index == 1
+    ]
+    both = optimized(1, Nested(6, {1: 2, (first.block, first.layer): 3}), backend="eager")
+    one = optimized(1, Nested(6, {1: Steps([2, 3, 4, 8, 9, 10, 14, 15, 16])}), backend="eager")
+    assert torch.equal(denoise(both, TIMESTEPS), denoise(one, TIMESTEPS))
+    assert [cut.branch for cut in deepcache_fx.report(both).signatures[0].cuts] == [0, 1]
+
+
+def test_a_schedule_that_begins_a_step_where_it_did_not_say_is_refused() -> None:
+    class Wrong(Uniform):
+        def branch_at(self, step: int, num_steps: int | None) -> int:
+            return 0
+
+    with pytest.raises(ScheduleError, match=r"begins step 1 at branch 0, which its `branches` do not name"):
+        denoise(optimized(1, Wrong(3), backend="eager"), TIMESTEPS[:3])
+
+
+def test_a_calibrated_schedule_is_checked_wherever_it_stands() -> None:
+    class MadeForAnother(Uniform):
+        def check(self, unet: Any, scheduler: Any = None) -> None:
+            raise ScheduleError("made for another")
+
+    another = MadeForAnother(3)
+    for schedule in (another, Window(1, None, another), Nested(another, {1: 3}), Nested(6, {1: another})):
+        unet = CompVisUNet()
+        with pytest.raises(ScheduleError, match="made for another"):
+            deepcache_fx.optimize(unet, schedule=schedule)
+        with pytest.raises(DeepCacheError, match="is not optimised"):
+            deepcache_fx.report(unet)
+
+
+def test_compiled_programs_that_are_not_recorded_follow_too_also_after_a_reset_of_the_compiler() -> None:
+    schedule = Nested(4, {1: 2})
+    expected = denoise(optimized(1, schedule, backend="eager"), TIMESTEPS[:9])
+    unet = optimized(1, schedule, backend="aot_eager", cuda_graphs=False)
+    for _ in range(2):
+        torch.testing.assert_close(denoise(unet, TIMESTEPS[:9]), expected, atol=1e-6, rtol=1e-5)
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_controlnet_computes_what_each_depth_reads(order: int) -> None:
+    schedule, options = Nested(6, {1: 2, 2: 3}), {**TO_THE_BIT, "forecast": order}
+    followed, alone = one_controlnet(), one_controlnet()
+    deepcache_fx.optimize(followed.pipe, schedule=schedule, **options)
+    deepcache_fx.optimize(alone.pipe.unet, schedule=schedule, **options)
+    run = followed.runs[0]
+    assert torch.equal(followed(run), alone(run))
+    found = deepcache_fx.report(followed.pipe)
+    assert {"F", "s", "t"} <= set(found.last_run)
+    assert found.companions[0].shallow_calls > 0
+
+
+def test_a_report_is_ready_for_json() -> None:
+    unet = optimized(1, backend="eager")
+    denoise(unet, TIMESTEPS[:5])
+    values = deepcache_fx.report(unet).to_dict()
+    assert json.loads(json.dumps(values))["calls_by_branch"] == values["calls_by_branch"] == {"0": 2, "1": 1, "2": 1}

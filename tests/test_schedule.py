@@ -184,6 +184,8 @@ def test_a_window_hands_its_inner_steps_on(start: int, interval: int, deeper: in
     ("make", "error"),
     [
         (lambda: Nested(3, {}), "deeper must name at least one"),
+        (lambda: Nested(6, 3), r"deeper must map skip connections to schedules, as in \{3: 3\}, got 3"),
+        (lambda: Nested(6, [1, 2]), "deeper must map skip connections"),
         (lambda: Nested(3, {-1: 2}), "branch must be a number of at least 0"),
         (lambda: Nested(3, [(1, 2), (1, 3)]), "names a skip connection twice"),
         (lambda: Nested(3, {1: 0}), "interval must be at least 1"),
