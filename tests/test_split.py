@@ -16,11 +16,15 @@ from tests import models
 
 aten = torch.ops.aten
 
+ROUNDING = dict(atol=1e-3, rtol=1e-4)
+"""Values here reach some hundreds: sums taken in another order differ."""
+
 
 class Builder:
     """Builds a graph node by node, with example values as metadata."""
 
     def __init__(self) -> None:
+        torch.manual_seed(0)
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
 
@@ -240,14 +244,14 @@ def test_cut_at_several_skip_connections(rates: tuple[str, ...], forecast: int) 
     assert (shallowest.refreshed, deepest.refreshed) == (0, forecast)
     output, upper, lower = variants.full.step(x)
     weights = [torch.tensor([1.5, -0.5])] if forecast else []
-    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(output, expected, **ROUNDING)
     for cut, cached in ((shallowest, upper), (deepest, lower)):
         assert cut.cache[0].shape == cached.shape
         steps = [cached] * (forecast + 1)
         result, *refreshed = cut.shallow.step(x, *steps, *weights)
-        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close(result, expected, **ROUNDING)
         for value in refreshed:
-            torch.testing.assert_close(value, upper)
+            torch.testing.assert_close(value, upper, **ROUNDING)
         assert len(refreshed) == cut.refreshed
     # The one cut is as it is alone.
     alone = split(captured, found[1], rates=rates, forecast=forecast).cuts[0]
