@@ -80,7 +80,7 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def grouped(rows: Sequence[Row]) -> dict[Case, list[Row]]:
-    """Rows whose images may be compared, in the order of arms and intervals."""
+    """Rows whose images may be compared, in the order of arms and intervals; groups by model, sampler, steps."""
     order = list(all_arms())
     groups: defaultdict[Case, list[Row]] = defaultdict(list)
     for row in rows:
@@ -89,7 +89,13 @@ def grouped(rows: Sequence[Row]) -> dict[Case, list[Row]]:
     def place(row: Row) -> tuple[int, int]:
         return (order.index(row.case.arm) if row.case.arm in order else len(order), row.case.interval)
 
-    return {group: sorted(members, key=place) for group, members in groups.items()}
+    samplers = list(SAMPLERS)
+
+    def rank(group: Case) -> tuple[str, int, int, int]:
+        known = group.sampler in samplers
+        return group.model, samplers.index(group.sampler) if known else len(samplers), group.steps, -group.images
+
+    return {group: sorted(groups[group], key=place) for group in sorted(groups, key=rank)}
 
 
 def heading(group: Case) -> str:
