@@ -64,6 +64,8 @@ class Entry:
     def __post_init__(self) -> None:
         self.names = tuple(self.variants.named())[1:]
         """Of the shallow variants, by cut."""
+        self.reads = tuple(cut.reads() for cut in self.variants.cuts)
+        """Which inputs, by number, the shallow variants read, by cut."""
 
     def release(self) -> None:
         """Give recorded graphs back."""

@@ -253,7 +253,7 @@ class Runtime:
         tensors = computed(call.tensors)
         prompt = state.prompt(entry, "full", tick.call, tensors)
         leaves, feature = entry.programs.full(tick.step, tensors, prompt, before)
-        pairings = [pair(handed, call.tensors, tensors, cut.reads()) for cut in entry.variants.cuts]
+        pairings = [pair(handed, call.tensors, tensors, reads) for reads in entry.reads]
         state.slots[tick.call] = Slot(entry, feature, state.refreshed, pairings)
         self.counts.full += 1
         state.trace.append("F")
