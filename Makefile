@@ -30,7 +30,7 @@ format: $(STAMP)
 
 bench: $(STAMP) ## the benchmarks that are sensible on this machine
 	$(BIN)/python -m benchmarks.speed
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.speed.report
 
 clean:
 	rm -rf $(VENV) build dist

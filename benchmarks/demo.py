@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.environment import RESULTS, ROOT, environment
-from deepcache_fx.files import write_json
+from deepcache_fx.files.writing import write_json
 
 MODEL = "benchmarks/models/fashion-t2i"
 PICTURE = ROOT / "docs" / "demo.png"
@@ -22,7 +22,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder, "figures.json")
         arguments = ["compare", "--model", MODEL, "--guidance-scale", "4", "--device", "cpu"]
-        program = [sys.executable, "-c", "from deepcache_fx.cli import main; main()"]
+        program = [sys.executable, "-c", "from deepcache_fx.cli.app import main; main()"]
         subprocess.run([*program, *arguments, "--out", PICTURE, "--json", figures], cwd=ROOT, check=True)
         found = json.loads(figures.read_text())
     compared = " ".join(["deepcache-fx", *arguments])

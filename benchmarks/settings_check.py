@@ -22,11 +22,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import Quantiles
 from benchmarks.environment import RESULTS, environment
-from benchmarks.subjects import find_preset
-from deepcache_fx.files import write_json
-from deepcache_fx.fingerprint import Fingerprint, fingerprint
+from benchmarks.speed.cases import Quantiles
+from benchmarks.speed.subjects import find_preset
+from deepcache_fx.files.writing import write_json
+from deepcache_fx.guards.fingerprint import Fingerprint, fingerprint
 
 CACHES = 2**28
 """Bytes, more than a processor keeps."""

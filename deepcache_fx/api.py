@@ -8,15 +8,17 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from deepcache_fx.assemble import check_disabled
-from deepcache_fx.attach import attach, check_attachable, detach, original_class, runtime_of
-from deepcache_fx.branch import Branch
-from deepcache_fx.config import DEFAULT_FORECAST, Options
+from deepcache_fx.controlnet.follow import PipelineWatch
 from deepcache_fx.errors import DeepCacheError
-from deepcache_fx.follow import PipelineWatch, bring_back
-from deepcache_fx.report import Report
-from deepcache_fx.runtime import Runtime
-from deepcache_fx.signature import ExampleInputs, UnsupportedInput
+from deepcache_fx.graph.pass_order import check_disabled
+from deepcache_fx.graph.signature import ExampleInputs, UnsupportedInput
+from deepcache_fx.options import DEFAULT_FORECAST, Options
+from deepcache_fx.runtime.attach import attach, bring_back, check_attachable, detach, original_class, runtime_of
+from deepcache_fx.runtime.report import Report
+from deepcache_fx.runtime.runtime import Runtime
+from deepcache_fx.schedules.branch import Branch
+
+__version__ = "0.1.0"
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from passes.match import eliminate_dead_code, is_op, is_view, tensor, value
+from passes.shared.match import eliminate_dead_code, is_op, is_view, tensor, value
 
 aten = torch.ops.aten
 

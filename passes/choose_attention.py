@@ -24,7 +24,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from passes.match import is_op, is_view, tensor
+from passes.shared.match import is_op, is_view, tensor
 
 aten = torch.ops.aten
 

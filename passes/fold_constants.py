@@ -16,9 +16,9 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from passes.match import is_impure, is_op, tensor
-from passes.operators import is_random
-from passes.rewrite import is_returned, origin
+from passes.shared.match import is_impure, is_op, tensor
+from passes.shared.operators import is_random
+from passes.shared.rewrite import is_returned, origin
 
 aten = torch.ops.aten
 

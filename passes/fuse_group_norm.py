@@ -35,9 +35,9 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils import _pytree as pytree
 
 import passes.kernels  # noqa: F401 (registers the operators)
-from passes.match import is_op, only_user, tensor, value
-from passes.operators import argument
-from passes.rewrite import Declined, add_call
+from passes.shared.match import is_op, only_user, tensor, value
+from passes.shared.operators import argument
+from passes.shared.rewrite import Declined, add_call
 
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

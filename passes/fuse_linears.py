@@ -36,9 +36,9 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from passes.match import is_op, tensor, value
-from passes.operators import argument, count
-from passes.rewrite import Declined, add_call, is_returned, origin, propagate, views_of
+from passes.shared.match import is_op, tensor, value
+from passes.shared.operators import argument, count
+from passes.shared.rewrite import Declined, add_call, is_returned, origin, propagate, views_of
 from passes.weight_layout import Joined, WeightLayout
 
 aten = torch.ops.aten

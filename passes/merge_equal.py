@@ -18,9 +18,9 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from passes.match import is_impure
-from passes.operators import is_random
-from passes.rewrite import is_returned
+from passes.shared.match import is_impure
+from passes.shared.operators import is_random
+from passes.shared.rewrite import is_returned
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 

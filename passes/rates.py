@@ -27,11 +27,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.match import eliminate_dead_code, is_impure, is_op, is_view, tensor
-from passes.minimum_cut import Network
-from passes.operators import count, is_pointwise, is_random
-from passes.rewrite import add_call, origin, views_of
 from passes.runner import refresh_metadata
+from passes.shared.match import eliminate_dead_code, is_impure, is_op, is_view, tensor
+from passes.shared.minimum_cut import Network
+from passes.shared.operators import count, is_pointwise, is_random
+from passes.shared.rewrite import add_call, origin, views_of
 
 aten = torch.ops.aten
 

@@ -28,9 +28,9 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from passes.match import is_op, tensor
-from passes.operators import argument, is_pointwise, positional
-from passes.rewrite import Declined, add_call
+from passes.shared.match import is_op, tensor
+from passes.shared.operators import argument, is_pointwise, positional
+from passes.shared.rewrite import Declined, add_call
 
 aten = torch.ops.aten
 

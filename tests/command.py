@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from typer.testing import CliRunner
 
-from deepcache_fx import cli
+from deepcache_fx.cli import app as cli
 
 
 def run(*arguments: str) -> tuple[int, str, str]:

@@ -18,7 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepcache_fx.cuda_graphs import Recording, RecordingError, Run
+from deepcache_fx.execution.cuda_graphs import Recording, RecordingError, Run
 
 
 class Tape(TorchDispatchMode):

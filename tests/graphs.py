@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase
 
-from deepcache_fx.capture import capture
-from deepcache_fx.signature import CallReader
+from deepcache_fx.graph.capture import capture
+from deepcache_fx.graph.signature import CallReader
 from passes import Canonicalize, run_passes
 from tests import models
 

@@ -20,7 +20,7 @@ from benchmarks.fidelity.metrics import load_lpips
 from benchmarks.fidelity.models import DIRECTORIES, load_model
 from benchmarks.fidelity.report import write_report
 from benchmarks.fidelity.sweep import Sweep, groups
-from benchmarks.speed import names, numbers, quiet
+from benchmarks.speed.__main__ import names, numbers, quiet
 from deepcache_fx.errors import DeepCacheError
 
 

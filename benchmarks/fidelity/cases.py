@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import Quantiles
-from benchmarks.store import from_dict
-from deepcache_fx.files import write_json
+from benchmarks.speed.cases import Quantiles
+from benchmarks.speed.store import from_dict
+from deepcache_fx.files.writing import write_json
 
 SAMPLERS = {"ddim": "DDIM", "pndm": "PLMS", "dpm++": "DPM++ 2M", "euler": "Euler"}
 """By the names that `deepcache_fx.loading` gives diffusers' schedulers."""

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from benchmarks import fashion
-from deepcache_fx.loading import load_pipeline
+from deepcache_fx.cli.loading import load_pipeline
 
 
 class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import DeviceClock
+from benchmarks.speed.measure import DeviceClock
 
 
 class CallTimer:

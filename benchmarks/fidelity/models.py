@@ -15,7 +15,7 @@ import deepcache_fx
 from benchmarks import fashion
 from benchmarks.fidelity import class_conditional
 from benchmarks.fidelity.clock import CallTimer
-from deepcache_fx.loading import LoadError, load_pipeline, pick_device, pick_dtype, read_prompts, use_scheduler
+from deepcache_fx.cli.loading import LoadError, load_pipeline, pick_device, pick_dtype, read_prompts, use_scheduler
 
 MODELS = Path(__file__).parents[1] / "models"
 DIRECTORIES = {"t2i": MODELS / "fashion-t2i", "ddpm": MODELS / "fashion-ddpm"}

@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import deepcache_fx
-from benchmarks.cases import Quantiles
 from benchmarks.fidelity.cases import Case, Outcome, Row, RowsFile
 from benchmarks.fidelity.clock import CallTimer
 from benchmarks.fidelity.judges import Judge
 from benchmarks.fidelity.metrics import PairDistance
 from benchmarks.fidelity.models import Model, UNetCost
 from benchmarks.fidelity.setting import Arm, Setting
-from benchmarks.runner import describe
+from benchmarks.speed.cases import Quantiles
+from benchmarks.speed.runner import describe
 from deepcache_fx.errors import DeepCacheError
-from deepcache_fx.runtime import SHALLOW_LETTERS
+from deepcache_fx.runtime.runtime import SHALLOW_LETTERS
 
 LARGE = 64 * 64 * 3
 """Values in an image above which uncached images are kept in half precision: 5,000 of 512x512 take 8 GB then."""

@@ -19,8 +19,8 @@ import torch
 
 import deepcache_fx
 from benchmarks.fidelity.setting import Arm, Setting, uniform_calls
-from deepcache_fx import programs
-from deepcache_fx.forecast import coefficients
+from deepcache_fx.execution import programs
+from deepcache_fx.graph.forecast import coefficients
 
 ABSCISSAE = ("timestep", "sigma", "log-snr")
 ADAPTIVE_ORDER = 1

@@ -34,8 +34,8 @@ from torch._guards import detect_fake_mode
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from passes.approximate.pixel_attention import PixelAttention, find_pixel_attention, run_on_fewer
-from passes.match import is_op, tensor, value
-from passes.rewrite import Declined, add_call, origin, propagate
+from passes.shared.match import is_op, tensor, value
+from passes.shared.rewrite import Declined, add_call, origin, propagate
 
 aten = torch.ops.aten
 

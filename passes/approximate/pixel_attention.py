@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.match import is_op, only_user, tensor, value
-from passes.operators import argument, is_pointwise
+from passes.shared.match import is_op, only_user, tensor, value
+from passes.shared.operators import argument, is_pointwise
 
 aten = torch.ops.aten
 

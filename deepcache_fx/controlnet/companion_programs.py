@@ -1,0 +1,132 @@
+"""The programs of one signature of a ControlNet: all of its residuals, or the few that a shallow step reads.
+
+    graph(x, t, text, picture) -> r_0, ..., r_n     prompt(text, picture)      -> k       once per prompt
+                                              ->    full(x, t, ..., k)         -> r_0, ..., r_n
+                                                    shallow(x, t, ..., k)      -> r_0
+
+Both steps take what depends on the prompt and the picture alone from one stage before them: the layers that bring the
+picture down to the size of the latent run once per picture.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from deepcache_fx.controlnet.conditioning import multiply_in_float32
+from deepcache_fx.errors import DeepCacheError
+from deepcache_fx.execution.assemble import prompt_stage, single_program, why_not_recorded
+from deepcache_fx.execution.cuda_graphs import Recorder
+from deepcache_fx.execution.programs import Programs, PromptStage, Values
+from deepcache_fx.graph.capture import CAPTURE_LOCK, Captured
+from deepcache_fx.graph.macs import total_macs
+from deepcache_fx.graph.pass_order import apply_passes, last_passes
+from deepcache_fx.graph.signature import Call
+from deepcache_fx.graph.split import in_stages, keep_outputs
+from deepcache_fx.options import Options
+from passes import PassError, PassRecord, pass_name, run_passes
+
+
+@dataclass
+class Step:
+    """One program: which outputs it gives, by number, and what it costs."""
+
+    outputs: tuple[int, ...]
+    programs: Programs
+    macs: int
+
+    def __call__(self, tensors: Sequence[torch.Tensor], prompt: Values) -> Sequence[Any]:
+        return self.programs.full(0, tensors, prompt)[0] if self.outputs else ()
+
+
+@dataclass
+class CompanionEntry:
+    """One signature of a companion."""
+
+    captured: Captured
+    device: torch.device
+    why_not_recorded: str | None
+    options: Options
+    recorders: MutableMapping[torch.device, Recorder]
+    staged: fx.GraphModule
+    """All outputs, from the inputs and the prompt values, before the last passes."""
+    stage: PromptStage | None
+    prompt_macs: int
+    passes: tuple[PassRecord, ...]
+    inputs: str
+    full: Step = field(init=False)
+    shallow: dict[frozenset[int], Step] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """Of the outputs."""
+        return len(self.captured.graph.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    @property
+    def plain_macs(self) -> int:
+        """Of a call that computes everything."""
+        return self.prompt_macs + self.full.macs
+
+    def step_for(self, read: frozenset[int]) -> Step:
+        """The program that computes these outputs alone."""
+        step = self.shallow.get(read)
+        if step is None:
+            with CAPTURE_LOCK:
+                step = self.shallow.get(read) or self._step(tuple(sorted(read)), "shallow")
+                self.shallow[read] = step
+        return step
+
+    def release(self) -> None:
+        for step in (self.full, *self.shallow.values()):
+            step.programs.release()
+
+    def _step(self, outputs: tuple[int, ...], name: str) -> Step:
+        started = time.perf_counter()
+        graph = keep_outputs(self.staged, outputs)
+        last = [item for item in last_passes(None) if self.options.uses(pass_name(item))]
+        try:
+            graph, records = run_passes(graph, last)
+        except PassError as error:
+            raise DeepCacheError(f"{name} variant: {error}") from error
+        self.passes += tuple(replace(record, name=f"{record.name} ({name})") for record in records)
+        programs = single_program(graph, self.options, self.device, self.why_not_recorded, self.recorders)
+        step = Step(outputs, programs, total_macs(graph.graph.nodes).total)
+        self.seconds += time.perf_counter() - started
+        return step
+
+
+def assemble_companion(
+    captured: Captured, call: Call, options: Options, recorders: MutableMapping[torch.device, Recorder]
+) -> CompanionEntry:
+    """Make the programs of a captured call of a ControlNet. The user's passes are for the UNet: they are left out.
+
+    Raises:
+        DeepCacheError: a pass failed, or the backend is unknown.
+    """
+    placeholders = captured.graph.graph.find_nodes(op="placeholder")
+    multiply_in_float32(captured.graph.graph, [placeholders[index] for index in call.numbers])
+    captured.graph.recompile()
+    options = replace(options, passes=())
+    captured, records = apply_passes(captured, options)
+    variant = in_stages(captured.graph, call.prompt_inputs if options.uses("prompt_rate") else ())
+    inputs = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors)
+    entry = CompanionEntry(
+        captured=captured,
+        device=call.sample.device,
+        why_not_recorded=why_not_recorded(options, call),
+        options=options,
+        recorders=recorders,
+        staged=variant.step,
+        stage=prompt_stage(variant),
+        prompt_macs=variant.prompt_macs.total,
+        passes=records,
+        inputs=inputs,
+    )
+    entry.full = entry._step(tuple(range(entry.count)), "full")
+    return entry

@@ -1,0 +1,163 @@
+"""One signature's programs, from a captured call: passes, split, passes on each variant, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import fx
+
+from deepcache_fx.execution.compile import compile_variant, pick_backend
+from deepcache_fx.execution.cuda_graphs import RECORDERS, Recorder
+from deepcache_fx.execution.programs import Called, Programs, PromptStage, ShallowProgram
+from deepcache_fx.execution.recorded import Recorded
+from deepcache_fx.graph.capture import Captured
+from deepcache_fx.graph.pass_order import ToLayOut, apply_passes, finish
+from deepcache_fx.graph.signature import Call
+from deepcache_fx.graph.skips import find_skip_connections, pick_branches
+from deepcache_fx.graph.split import RATES, Variant, Variants, split
+from deepcache_fx.options import Options
+from deepcache_fx.schedules.branch import Branch
+from passes import (
+    PassRecord,
+)
+from passes.fuse_linears import bind
+from passes.weight_layout import Joined
+
+
+@dataclass
+class Entry:
+    """One signature: its captured graph, split and compiled."""
+
+    captured: Captured
+    variants: Variants
+    cuts: Mapping[Branch | None, int]
+    """Which cut the schedule means by a branch; None is that of `optimize`."""
+    prompts: Mapping[str, PromptStage]
+    """By variant, where it has such a stage."""
+    programs: Programs
+    passes: tuple[PassRecord, ...]
+    inputs: str
+    seconds: float = 0.0
+    """Of all that made it, the capture included."""
+
+    def __post_init__(self) -> None:
+        self.names = tuple(self.variants.named())[1:]
+        """Of the shallow variants, by cut."""
+        self.reads = tuple(cut.reads() for cut in self.variants.cuts)
+        """Which inputs, by number, the shallow variants read, by cut."""
+
+    def release(self) -> None:
+        """Give recorded graphs back."""
+        self.programs.release()
+
+
+def assemble(
+    captured: Captured,
+    call: Call,
+    options: Options,
+    *,
+    name: str,
+    recorders: MutableMapping[torch.device, Recorder],
+    weights: ToLayOut | None,
+) -> Entry:
+    """Make the programs of a captured call. `name` is the model's, for errors; recorders are shared, one a device.
+
+    Raises:
+        DeepCacheError: a pass failed, there is no such branch, or the backend is unknown.
+    """
+    captured, records = apply_passes(captured, options)
+    skips = find_skip_connections(captured.graph.graph)
+    branches = pick_branches(skips, options.branch, options.schedule.branches, name)
+    rates = [name for name in RATES if options.uses(name)]
+    chosen = list(dict.fromkeys(branches.values()))
+    variants = split(captured, chosen, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.forecast)
+    variants, more, joined = finish(variants, options, weights)
+    prompts = {name: prompt_stage(variant) for name, variant in variants.named().items()}
+    return Entry(
+        captured,
+        variants,
+        {branch: chosen.index(found) for branch, found in branches.items()},
+        {name: stage for name, stage in prompts.items() if stage is not None},
+        _programs(variants, joined, call, options, recorders),
+        (*records, *more),
+        ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors),
+    )
+
+
+def prompt_stage(variant: Variant) -> PromptStage | None:
+    """What runs once per prompt, before a variant's steps."""
+    if variant.prompt is None:
+        return None
+    return PromptStage(variant.prompt.forward, variant.prompt_inputs, _weights(variant.prompt))
+
+
+def _programs(
+    variants: Variants,
+    joined: Mapping[str, Sequence[Joined]],
+    call: Call,
+    options: Options,
+    recorders: MutableMapping[torch.device, Recorder],
+) -> Programs:
+    device = call.sample.device
+    why_not = why_not_recorded(options, call)
+    steps = {name: variant.step for name, variant in variants.named().items()}
+    full, *shallow = [bind(compile_variant(step, options, device), joined[name]) for name, step in steps.items()]
+    called = Called(
+        full_program=full,
+        cuts=tuple(
+            ShallowProgram(name, program, len(cut.cache), cut.refreshed)
+            for name, program, cut in zip(list(steps)[1:], shallow, variants.cuts, strict=True)
+        ),
+        num_outputs=variants.num_outputs,
+        order=options.forecast,
+        why_not_recorded=why_not or "off",
+    )
+    if why_not is not None:
+        return called
+    weights = {
+        name: (*_weights(step), *chain.from_iterable(one.weights for one in joined[name]))
+        for name, step in steps.items()
+    }
+    return Recorded(called, _recorder(device, recorders), weights, [cut.cache for cut in variants.cuts], device)
+
+
+def single_program(
+    step: fx.GraphModule,
+    options: Options,
+    device: torch.device,
+    why_not: str | None,
+    recorders: MutableMapping[torch.device, Recorder],
+) -> Programs:
+    """A graph that caches nothing, compiled and recorded as `options` say. Only `full` of it is to be called."""
+    program = compile_variant(step, options, device)
+    outputs = step.graph.output_node().args[0]
+    called = Called(program, (), len(outputs), why_not_recorded=why_not or "off")  # type: ignore[arg-type]
+    if why_not is not None:
+        return called
+    return Recorded(called, _recorder(device, recorders), {"full": _weights(step)}, (), device)
+
+
+def _recorder(device: torch.device, recorders: MutableMapping[torch.device, Recorder]) -> Recorder:
+    if device not in recorders:
+        recorders[device] = RECORDERS[device.type](device)
+    return recorders[device]
+
+
+def _weights(graph: fx.GraphModule) -> tuple[torch.Tensor, ...]:
+    return (*graph.parameters(), *graph.buffers())
+
+
+def why_not_recorded(options: Options, call: Call) -> str | None:
+    """Why a call's programs are not to be recorded as CUDA graphs, or None."""
+    device = call.sample.device
+    if options.cuda_graphs is False:
+        return "off: cuda_graphs=False"
+    if device.type not in RECORDERS:
+        return f"off: the model runs on {device}"
+    if options.cuda_graphs == "auto" and pick_backend(options, device) == "eager":
+        return "off: the backend is eager (cuda_graphs=True records it all the same)"
+    elsewhere = [t.device for t in call.tensors if t.device != device]
+    return f"off: an input lies on {elsewhere[0]}, the sample on {device}" if elsewhere else None

@@ -1,0 +1,341 @@
+"""Record the programs of a signature as CUDA graphs, by hand: a step is then a few copies and one launch.
+
+    inputs, prompt values --copy--> buffers --[full graph]-----> outputs --clone--> caller
+                                                 |
+                                            cache buffers
+                                                 |
+    inputs, prompt values --copy--> buffers --[shallow graph]--> outputs --clone--> caller
+
+The contract:
+
+- Input and cache buffers are ordinary allocations outside the graphs' memory pool, and never move. Intermediates and
+  outputs lie in one pool, shared by all graphs of a device: no two are replayed at once, and nothing in the pool
+  outlives a replay, for outputs are cloned right after it.
+- An input that is the same unchanged object as in the last call (a pipeline's prompt embeddings) is not copied again.
+- Every cut has cache buffers of its own; a recorded step of a deeper cut may write those of the cuts above it.
+- The cache buffers belong to one deep feature at a time. Another thread, or another UNet call of the same step, first
+  moves that one out to memory of its own.
+- A graph holds raw addresses of weights. They are compared before every replay, and the graph is recorded anew when
+  one has moved.
+- A variant that cannot be recorded is called instead, and `cuda_graphs()` says why.
+
+Not done here: nothing is compiled, and values are never inspected: that the inputs fit is the signature's business.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, pairwise
+from typing import Any
+
+import torch
+
+from deepcache_fx.execution.cuda_graphs import Recorder, Recording, RecordingError, Run, first_line
+from deepcache_fx.execution.programs import Called, DeepFeature, History, Values
+from deepcache_fx.graph.capture import CAPTURE_LOCK
+from deepcache_fx.graph.forecast import coefficients
+
+
+class _Input:
+    """A static buffer and what was last copied into it."""
+
+    __slots__ = ("_buffer", "_shared", "_source", "_stamp", "tensor")
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+        # Along an expanded dimension all elements are one: that one is written.
+        self._shared = [d for d in range(like.ndim) if like.stride(d) == 0 and like.shape[d] > 1]
+        self._buffer = self._narrow(self.tensor)
+        self._source: torch.Tensor | None = None
+        self._stamp: tuple[int, int] | None = None
+
+    def fill(self, source: torch.Tensor) -> None:
+        # The counter of in-place changes, and the address in case `source.data` was replaced.
+        stamp = None if source.is_inference() else (source._version, source.data_ptr())
+        if source is self._source and stamp is not None and stamp == self._stamp:
+            return
+        self._buffer.copy_(self._narrow(source) if self._shared else source)
+        self._source, self._stamp = source, stamp
+
+    def _narrow(self, tensor: torch.Tensor) -> torch.Tensor:
+        for dimension in self._shared:
+            tensor = tensor.narrow(dimension, 0, 1)
+        return tensor
+
+
+class _Prompt:
+    """The buffers of a variant's prompt values, and the values last copied into them."""
+
+    def __init__(self, like: Values) -> None:
+        self._inputs = tuple(map(_Input, like))
+        self._values: Values | None = None
+
+    def fill(self, values: Values) -> None:
+        if values is not self._values:  # nobody changes a prompt value in place
+            for item, value in zip(self._inputs, values, strict=True):
+                item.fill(value)
+            self._values = values
+
+    def buffers(self) -> list[torch.Tensor]:
+        return _buffers(self._inputs)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    recording: Recording
+    addresses: tuple[int, ...]
+    """Of the weights, when it was recorded."""
+
+
+class Recorded:
+    """The programs of one signature as CUDA graphs (see the module's first lines).
+
+    Args:
+        called: The same programs, to be recorded, and called where they cannot be.
+        recorder: Shared by all signatures of a device.
+        weights: For every variant, by name, the parameters and buffers that it reads.
+        cache: For every cut, tensors (fake ones will do) like the values that a full step leaves.
+        device: Where everything lies.
+    """
+
+    def __init__(
+        self,
+        called: Called,
+        recorder: Recorder,
+        weights: Mapping[str, Iterable[torch.Tensor]],
+        cache: Sequence[Sequence[torch.Tensor]],
+        device: torch.device,
+    ) -> None:
+        self._called = called
+        self._recorder = recorder
+        self._weights = {name: tuple(tensors) for name, tensors in weights.items()}
+        self._cache_like, self._device = tuple(cache), device
+        self._runs: dict[str, Run] = {"full": self._run_full}
+        self._runs |= {shallow.name: partial(self._run_shallow, cut) for cut, shallow in enumerate(called.cuts)}
+        self._graphs: dict[str, _Graph] = {}
+        self._inputs: tuple[_Input, ...] = ()
+        self._prompts: dict[str, _Prompt] = {}
+        self._forecast: Values = ()
+        """Of every cut, the weights of its refreshes, where the shallow step forecasts."""
+        self._weighed: dict[int, tuple[float, ...]] = {}
+        """By cut, the weights that were written last."""
+        self._cache: tuple[History, ...] = ()
+        """Of every cut."""
+        self._resident: Callable[[], DeepFeature | None] = _nobody
+        self._failure: str | None = None
+        self._moves = 0
+
+    @property
+    def first_call_seconds(self) -> dict[str, float]:
+        return self._called.first_call_seconds
+
+    def full(
+        self, step: int, tensors: Sequence[torch.Tensor], prompt: Values = (), before: DeepFeature | None = None
+    ) -> tuple[Sequence[Any], DeepFeature]:
+        order = self._called.order
+        before = before if order else None
+        with self._recorder.lock:
+            recording = self._recording("full") if self._begin("full", tensors, prompt) else None
+            if recording is None:
+                self._give_memory(before)
+                return self._called.full(step, tensors, prompt, before)
+            if before is None:
+                self._move_out()
+            else:
+                self._move_in(before)
+            recording.replay()
+            if before is not None:
+                self._called.note_refreshes(before, step, len(self._cache))
+                return _cloned(recording.outputs), before
+            for newest, *older in self._cache:
+                for values in older:  # else they would hold another feature's values: zero times NaN is NaN
+                    _copy(newest, values)
+            feature = DeepFeature(self._called.first_refresh(step), None)
+            self._resident = weakref.ref(feature)
+            return _cloned(recording.outputs), feature
+
+    def shallow(
+        self, step: int, tensors: Sequence[torch.Tensor], feature: DeepFeature, prompt: Values = (), cut: int = 0
+    ) -> Sequence[Any]:
+        name = self._called.cuts[cut].name
+        with self._recorder.lock:
+            recording = self._recording(name) if self._begin(name, tensors, prompt) else None
+            if recording is None:
+                self._give_memory(feature)
+                return self._called.shallow(step, tensors, feature, prompt, cut)
+            self._move_in(feature)
+            self._weigh(step, feature, cut)
+            recording.replay()
+            refreshed = self._called.cuts[cut].refreshed
+            if refreshed:
+                self._called.note_refreshes(feature, step, refreshed)
+            return _cloned(recording.outputs)
+
+    def cuda_graphs(self) -> str:
+        if self._failure is not None:
+            return f"not recorded: {self._failure}"
+        again = f", {self._moves} times anew because weights had moved" if self._moves else ""
+        return f"recorded{again}"
+
+    def release(self) -> None:
+        with self._recorder.lock:
+            for name in tuple(self._graphs):
+                self._drop(name)
+
+    # Recording.
+
+    def _run_full(self) -> Sequence[Any]:
+        leaves = self._called.full_program(*_buffers(self._inputs), *self._prompts["full"].buffers())
+        return self._keep(leaves, len(self._cache))
+
+    def _run_shallow(self, cut: int) -> Sequence[Any]:
+        shallow = self._called.cuts[cut]
+        cached = [buffer for buffers in self._cache[cut] for buffer in buffers]
+        weights = self._forecast[cut : cut + 1]
+        prompt = self._prompts[shallow.name].buffers()
+        leaves = shallow.program(*_buffers(self._inputs), *cached, *weights, *prompt)
+        return self._keep(leaves, shallow.refreshed)
+
+    def _keep(self, leaves: Sequence[Any], count: int) -> Sequence[Any]:
+        """Write what a program returned for the first `count` cuts to their buffers; returns its outputs."""
+        for history, values in zip(self._cache, self._called.parts(leaves, count), strict=False):
+            for newer, older in reversed(list(pairwise(history))):
+                _copy(newer, older)
+            _copy(values, history[0])
+        return leaves[: self._called.num_outputs]
+
+    def _begin(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> bool:
+        """Fill the buffers of a variant's inputs. False where the programs have to be called."""
+        if self._failure is not None or not self._recorder.usable():
+            return False
+        self._recorder.begin()
+        known = self._prompts.get(name)
+        if known is None:
+            try:
+                self._make_buffers(name, tensors, prompt)
+            except RuntimeError as error:  # out of memory, or an input that overlaps itself
+                self._failure = f"buffers: {first_line(error)}"
+                return False
+        else:
+            for item, tensor in zip(self._inputs, tensors, strict=True):
+                item.fill(tensor)
+            known.fill(prompt)
+        return True
+
+    def _make_buffers(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> None:
+        with torch.inference_mode(False):  # else no later call outside of it could write them
+            self._inputs = self._inputs or tuple(map(_Input, tensors))
+            if self._called.order and not self._forecast:
+                self._forecast = tuple(
+                    torch.zeros(self._called.order + 1, device=self._device) for _ in self._cache_like
+                )
+            self._cache = self._cache or tuple(
+                tuple(
+                    tuple(torch.empty_strided(c.shape, c.stride(), dtype=c.dtype, device=self._device) for c in like)
+                    for _ in range(self._called.order + 1)
+                )
+                for like in self._cache_like
+            )
+            values = _Prompt(prompt)
+        for item, tensor in zip(self._inputs, tensors, strict=True):
+            item.fill(tensor)
+        values.fill(prompt)
+        self._prompts[name] = values
+
+    def _recording(self, name: str) -> Recording | None:
+        """The recording of a variant; None where it cannot be recorded."""
+        addresses = tuple(map(torch.Tensor.data_ptr, self._weights[name]))
+        graph = self._graphs.get(name)
+        if graph is not None:
+            if graph.addresses == addresses:
+                return graph.recording
+            self._moves += 1
+            self._drop(name)
+        if name == "full" or any(shallow.refreshed for shallow in self._called.cuts if shallow.name == name):
+            self._move_out()  # running the program writes the cache buffers
+        try:
+            with CAPTURE_LOCK:  # the warm-up compiles
+                started = time.perf_counter()
+                recording = self._recorder.record(self._runs[name])
+                self.first_call_seconds.setdefault(name, time.perf_counter() - started)
+        except RecordingError as error:
+            self._failure = f"{name} step: {error}"
+            self._inputs = ()
+            self._forecast = ()
+            self._weighed.clear()
+            self._prompts.clear()
+            self.release()
+            return None
+        self._graphs[name] = _Graph(recording, addresses)
+        return recording
+
+    def _weigh(self, step: int, feature: DeepFeature, cut: int) -> None:
+        """Set the weights of a cut's refreshes, by launches that nothing waits for."""
+        if not self._forecast:
+            return
+        values = coefficients(step, feature.steps[cut], self._called.order)
+        if values != self._weighed.get(cut):
+            for index, value in enumerate(values):
+                self._forecast[cut][index].fill_(value)
+            self._weighed[cut] = values
+
+    def _drop(self, name: str) -> None:
+        self._recorder.finish()
+        self._graphs.pop(name).recording.reset()
+
+    # Who lives in the cache buffers.
+
+    def _move_out(self) -> None:
+        """Give the deep feature in the buffers, if it is still wanted, memory of its own."""
+        resident = self._resident()
+        if resident is not None:
+            resident.values = tuple(
+                tuple(tuple(buffer.clone() for buffer in buffers) for buffers in history) for history in self._cache
+            )
+        self._resident = _nobody
+
+    def _move_in(self, feature: DeepFeature) -> None:
+        """Let the buffers hold a deep feature, if they do not yet."""
+        if feature.values is not None:
+            self._move_out()
+            targets = chain.from_iterable(chain.from_iterable(self._cache))
+            for value, target in zip(_all_values(feature), targets, strict=True):
+                target.copy_(value)
+                self._recorder.keep(value)
+            feature.values = None
+            self._resident = weakref.ref(feature)
+        assert self._resident() is feature
+
+    def _give_memory(self, feature: DeepFeature | None) -> None:
+        """Let a deep feature have memory of its own, fit to be read on the current stream."""
+        if feature is None:
+            return
+        if feature.values is None:
+            self._move_out()
+        for value in _all_values(feature):
+            self._recorder.keep(value)
+
+
+def _all_values(feature: DeepFeature) -> Iterator[torch.Tensor]:
+    return chain.from_iterable(chain.from_iterable(feature.values or ()))
+
+
+def _nobody() -> None:
+    return None
+
+
+def _buffers(inputs: Iterable[_Input]) -> list[torch.Tensor]:
+    return [item.tensor for item in inputs]
+
+
+def _copy(sources: Iterable[torch.Tensor], targets: Iterable[torch.Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+
+
+def _cloned(outputs: Sequence[Any]) -> list[Any]:
+    return [item.clone() if isinstance(item, torch.Tensor) else item for item in outputs]

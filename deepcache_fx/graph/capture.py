@@ -1,0 +1,147 @@
+"""Capture a model as one flat, functional `torch.fx` graph that holds the model's own parameters."""
+
+from __future__ import annotations
+
+import operator
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from deepcache_fx.controlnet.deferred import computed
+from deepcache_fx.errors import CaptureError, DeepCacheError
+from deepcache_fx.graph.signature import Call, CallReader
+
+CAPTURE_LOCK = threading.RLock()
+"""`torch.export` is not thread-safe: captures and compilations happen under this lock."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured call.
+
+    `graph` maps the call's tensors, in the order of `Call.tensors`, to a flat tuple of output leaves. Its parameters
+    are the model's own objects.
+    """
+
+    graph: fx.GraphModule
+    out_spec: pytree.TreeSpec
+
+    def outputs(self, leaves: Sequence[Any]) -> Any:
+        """What the model would have returned: a tuple, or its output class."""
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+    def with_graph(self, graph: fx.GraphModule) -> Captured:
+        return replace(self, graph=graph)
+
+
+class _Original(torch.nn.Module):
+    """Calls the class's own forward, past whatever has been attached to the instance."""
+
+    def __init__(self, module: torch.nn.Module, model_class: type[torch.nn.Module]) -> None:
+        super().__init__()
+        self.model = module
+        self.model_class = model_class
+        self.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model_class.forward(self.model, *args, **kwargs)
+
+
+def capture(
+    module: torch.nn.Module, call: Call, reader: CallReader, model_class: type[torch.nn.Module] | None = None
+) -> Captured:
+    """Capture `module` for calls like this one (see `Captured`). `model_class` is the class whose forward is meant.
+
+    `torch.export` in its non-strict form. Where the model writes in place, an empty decomposition table makes the graph
+    functional and keeps linear, conv, norms and attention whole; where it does not, the graph is functional as it is,
+    and the second trace, which is the longer one, is saved.
+
+    Raises:
+        CaptureError: the model changes its own buffers or inputs, or `torch.export` cannot follow it.
+    """
+    model_class = model_class or type(module)
+    # A tensor passed twice is one graph input to export: give every leaf an object of its own.
+    args, kwargs = reader.rebuild(call, [tensor.detach() for tensor in computed(call.tensors)])
+    with CAPTURE_LOCK, torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        try:
+            program = torch.export.export(_Original(module, model_class), args, kwargs, strict=False)
+            if not _is_functional(program.graph):
+                program = program.run_decompositions({})
+            signature = program.graph_signature
+            changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+            if changed:
+                raise CaptureError(
+                    f"{model_class.__name__} changes its own state in forward ({', '.join(changed)}): a cached step "
+                    "would skip that change. Put the model into eval mode, or restore() it."
+                )
+            graph_module = program.module(check_guards=False)
+        except CaptureError:
+            raise
+        except Exception as error:
+            first = str(error).strip().splitlines() or [""]
+            raise CaptureError(
+                f"{model_class.__name__} could not be captured for inputs {_shapes(call)}: "
+                f"{type(error).__name__}: {first[0]}"
+            ) from error
+    assert isinstance(graph_module, fx.GraphModule)
+    out_spec = graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    flat = _flatten_border(graph_module, len(call.tensors))
+    return Captured(flat, out_spec)
+
+
+def refuse_layerwise_offload(module: torch.nn.Module) -> None:
+    """Raise a DeepCacheError where accelerate or diffusers bring weights in and out, or cast them, within a call."""
+    for name, sub in module.named_modules():
+        for hook in getattr(sub.__dict__.get("_diffusers_hook"), "hooks", ()):
+            raise DeepCacheError(
+                f"{name or 'the model itself'} of this {type(module).__name__} has diffusers' hook {hook!r}, which "
+                "acts within a call, where a graph of the whole cannot follow. Use enable_model_cpu_offload instead of "
+                "group offloading, and a model without layerwise casting and without diffusers' own caches"
+            )
+        hook = sub.__dict__.get("_hf_hook")
+        if any(getattr(single, "offload", False) is True for single in getattr(hook, "hooks", (hook,))):
+            raise DeepCacheError(
+                f"the weights of {type(module).__name__} are offloaded layer by layer ({name or 'the model itself'}): "
+                "sequential offload brings them in and out within a call, which no graph of the whole can follow. Use "
+                "enable_model_cpu_offload instead of enable_sequential_cpu_offload"
+            )
+
+
+def _is_functional(graph: fx.Graph) -> bool:
+    """True where every call is of an operator that writes into none of its arguments."""
+    for node in graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(graph.owning_module, str(node.target), None), fx.GraphModule):
+            return False  # a region of its own, as for autocast: decomposing inlines it
+    return all(
+        node.target is operator.getitem
+        or (isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable)
+        for node in graph.nodes
+        if node.op == "call_function"
+    )
+
+
+def _shapes(call: Call) -> str:
+    return ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}".replace("torch.", "") for t in call.tensors)
+
+
+def _flatten_border(module: fx.GraphModule, count: int) -> fx.GraphModule:
+    """Plain positional placeholders for the tensors alone, a flat tuple as output, short parameter names."""
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    for node in graph.find_nodes(op="placeholder"):
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            assert not node.users, f"non-tensor input {node.name} is used"
+            graph.erase_node(node)
+    placeholders = graph.find_nodes(op="placeholder")
+    assert len(placeholders) == count, f"{count} tensors went in, {len(placeholders)} placeholders came out"
+    flat = fx.GraphModule(module, graph)  # shares every parameter
+    flat.eval()
+    return flat

@@ -1,0 +1,178 @@
+"""A call of the model in canonical form: its tensors in a fixed order, and a key for everything else about it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepcache_fx.controlnet.deferred import plain_type
+from deepcache_fx.errors import DeepCacheError
+
+ExampleInputs = Mapping[str, Any] | Sequence[Any]
+"""Arguments of a UNet call, by name or by position."""
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "noise_labels", "sigma")
+
+
+_MISSING = inspect.Parameter.empty
+
+
+class UnsupportedInput(Exception):
+    """An argument that cannot be part of a key: neither a tensor, nor hashable, nor a container of such."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, canonical: equal `key` means the same graph serves, with `tensors` as its inputs in order."""
+
+    arguments: Mapping[str, Any]
+    tensors: tuple[torch.Tensor, ...]
+    key: Hashable
+    timestep: torch.Tensor | None
+    sample: torch.Tensor
+    prompt_inputs: tuple[int, ...]
+    """Which of `tensors` are likely to stay through a run: conditioning, that is all but the sample, the timestep and
+    feature maps (a ControlNet's residuals)."""
+    numbers: tuple[int, ...] = ()
+    """Which of `tensors` were given as Python numbers, besides the timestep (see `conditioning`)."""
+
+
+class CallReader:
+    """Brings calls of one `forward` function into canonical form.
+
+    Defaults are filled in, dictionaries are read in sorted order, and a timestep given as a Python number becomes a 0-d
+    tensor of the type diffusers gives it (int64 or float64), so that a new number is not a new graph. Beside a sample
+    on CUDA a timestep on the CPU becomes one on the sample's device, without a synchronisation: a recorded graph could
+    not read it else.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.signature = inspect.signature(forward)
+        parameters = list(self.signature.parameters.values())[1:]  # without self
+        named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if not named:
+            raise UnsupportedInput("forward takes no named argument")
+        self.sample_name = named[0]
+        self.timestep_name = next((n for n in named[1:] if n in TIMESTEP_NAMES), named[1] if len(named) > 1 else None)
+        self.timestep_named = self.timestep_name in TIMESTEP_NAMES
+        self._parameters = parameters
+        self._plain = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+        self._names = tuple(named)
+        self._defaults = {p.name: p.default for p in parameters}
+        self._required = tuple(name for name, default in self._defaults.items() if default is _MISSING)
+
+    def read(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """The call `module(*args, **kwargs)`.
+
+        Raises:
+            TypeError: the arguments do not fit `forward`, as Python would say.
+            UnsupportedInput: an argument cannot be part of a key, or the first one is no tensor.
+        """
+        arguments = self._bind(module, args, kwargs)
+        sample = arguments[self.sample_name]
+        if not isinstance(sample, torch.Tensor):
+            raise UnsupportedInput(f"argument {self.sample_name} is no tensor but {type(sample).__name__}")
+        timestep = None
+        if self.timestep_name is not None:
+            timestep = arguments[self.timestep_name]
+            if isinstance(timestep, (int, float)) and not isinstance(timestep, bool):
+                kind = torch.float64 if isinstance(timestep, float) else torch.int64
+                timestep = torch.tensor(timestep, dtype=kind)
+                arguments[self.timestep_name] = timestep
+            elif not isinstance(timestep, torch.Tensor) or (timestep.ndim > 1 and not self.timestep_named):
+                timestep = None
+            if timestep is not None and sample.device.type == "cuda" and timestep.device.type == "cpu":
+                arguments[self.timestep_name] = _on_device(timestep, sample.device)
+        tensors: list[torch.Tensor] = []
+        key = tuple(_describe(value, tensors) for value in arguments.values())
+        given = arguments[self.timestep_name] if self.timestep_name is not None else None
+        prompt = tuple([i for i, t in enumerate(tensors) if t.ndim < 4 and t is not sample and t is not given])
+        return Call(arguments, tuple(tensors), (key, _ambient(sample.device.type)), timestep, sample, prompt)
+
+    def _bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Every argument by name, in order, without self: what `inspect.Signature.bind` does, ten times as fast."""
+        if self._plain and len(args) <= len(self._names):
+            arguments = self._defaults | dict(zip(self._names, args, strict=False))
+            arguments.update(kwargs)
+            known = len(arguments) == len(self._names)
+            twice = any(name in kwargs for name in self._names[: len(args)])
+            if known and not twice and not any(arguments[name] is _MISSING for name in self._required):
+                return arguments
+        bound = self.signature.bind(module, *args, **kwargs)
+        bound.apply_defaults()
+        del bound.arguments[next(iter(bound.arguments))]
+        return bound.arguments
+
+    def read_example(self, module: torch.nn.Module, example_inputs: ExampleInputs) -> Call:
+        """The call that a user describes by its arguments, by name or position.
+
+        Raises:
+            DeepCacheError: they do not fit.
+        """
+        args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+        try:
+            return self.read(module, args, kwargs)
+        except (TypeError, UnsupportedInput) as error:
+            raise DeepCacheError(f"example_inputs do not fit {type(module).__name__}: {error}") from error
+
+    def rebuild(self, call: Call, tensors: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's (args, kwargs), without self, with dictionaries sorted and its tensors replaced in order.
+
+        By name all but the first, as pipelines do: diffusers looks for a LoRA's scale among the keywords alone.
+        """
+        remaining = iter(tensors)
+        arguments = {name: _replace(value, remaining) for name, value in call.arguments.items()}
+        parameters = [p for p in self._parameters if p.name in arguments]
+        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            parameters[1:] = [
+                p.replace(kind=p.KEYWORD_ONLY) if p.kind is p.POSITIONAL_OR_KEYWORD else p for p in parameters[1:]
+            ]
+        bound = inspect.BoundArguments(inspect.Signature(parameters), arguments)
+        return bound.args, bound.kwargs
+
+
+def _on_device(timestep: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device that nothing waits for."""
+    if timestep.numel() == 1:
+        return torch.full(timestep.shape, timestep.item(), dtype=timestep.dtype, device=device)
+    return timestep.to(device, non_blocking=not timestep.is_pinned())  # pinned memory would be read later
+
+
+def _ambient(device_type: str) -> Hashable:
+    """What the surrounding code sets and a capture bakes in."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _describe(value: Any, tensors: list[torch.Tensor]) -> Hashable:
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return (plain_type(value), value.shape, value.stride(), value.dtype, value.device)
+    if isinstance(value, dict):
+        return ("dict", tuple((k, _describe(value[k], tensors)) for k in sorted(value, key=str)))
+    if isinstance(value, (tuple, list)):
+        return (type(value), tuple(_describe(item, tensors) for item in value))
+    try:
+        hash(value)
+    except TypeError:
+        raise UnsupportedInput(f"{type(value).__name__} {value!r:.80} is neither a tensor nor hashable") from None
+    return (type(value), value)
+
+
+def _replace(value: Any, tensors: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return next(tensors)
+    if isinstance(value, dict):
+        return {k: _replace(value[k], tensors) for k in sorted(value, key=str)}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_replace(item, tensors) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_replace(item, tensors) for item in value)
+    return value

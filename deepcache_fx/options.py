@@ -1,0 +1,87 @@
+"""The options of `optimize`, validated once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from deepcache_fx.errors import OptionError
+from deepcache_fx.schedules.branch import Branch, check_branch
+from deepcache_fx.schedules.patterns import Uniform, as_schedule
+from deepcache_fx.schedules.schedule import Schedule
+
+DEFAULT_FORECAST = 1
+"""Linear: closer to the uncached images than repeating with every ODE sampler that was measured (docs/fidelity.md)."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `optimize` was asked for. `schedule` holds the interval too: `interval=3` is `Uniform(3)`."""
+
+    schedule: Schedule = field(default_factory=lambda: Uniform(3))
+    branch: Branch = 0
+    passes: tuple[Callable[..., Any], ...] = ()
+    disable: tuple[str, ...] = ()
+    backend: str | Callable[..., Any] = "auto"
+    mode: str | None = None
+    options: Mapping[str, Any] | None = None
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    forecast: int = DEFAULT_FORECAST
+    max_captures: int = 8
+
+    def uses(self, name: str) -> bool:
+        """False where `disable` leaves out the default pass, or the rate, of this name."""
+        return "all" not in self.disable and name not in self.disable
+
+    def same_programs(self, other: Options) -> bool:
+        """True where the other options need the same captured and compiled programs: only the steps differ."""
+        return replace(self, schedule=other.schedule) == other and (
+            set(self.schedule.branches) == set(other.schedule.branches)
+        )
+
+    @staticmethod
+    def make(
+        *,
+        interval: int = 3,
+        branch: Branch | Sequence[int] = 0,
+        schedule: object = None,
+        passes: Sequence[Callable[..., Any]] = (),
+        disable: Sequence[str] | str = (),
+        backend: str | Callable[..., Any] = "auto",
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        cuda_graphs: bool | Literal["auto"] = "auto",
+        forecast: int = DEFAULT_FORECAST,
+        max_captures: int = 8,
+    ) -> Options:
+        """Validate the keyword arguments of `optimize`.
+
+        Raises:
+            DeepCacheError: (always also a ValueError) naming the value, the range and the remedy.
+        """
+        if mode is not None and options is not None:
+            raise OptionError("torch.compile takes mode or options, not both: leave one out")
+        if not (isinstance(backend, str) or callable(backend)):
+            raise OptionError(f"backend must be a name or a torch.compile backend function, got {backend!r}")
+        if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
+            raise OptionError(f'cuda_graphs must be "auto", True or False, got {cuda_graphs!r}')
+        if isinstance(forecast, bool) or forecast not in (0, 1, 2):
+            raise OptionError(f"forecast must be 0 (repeat the cached feature), 1 or 2, got {forecast!r}")
+        if isinstance(max_captures, bool) or not isinstance(max_captures, int) or max_captures < 1:
+            raise OptionError(f"max_captures must be an integer of at least 1, got {max_captures!r}")
+        for item in passes:
+            if not callable(item):
+                raise OptionError(f"passes takes PassBase objects or functions of a GraphModule, got {item!r}")
+        return Options(
+            schedule=Uniform(interval) if schedule is None else as_schedule(schedule),
+            branch=check_branch(branch),
+            passes=tuple(passes),
+            disable=(disable,) if isinstance(disable, str) else tuple(disable),
+            backend=backend,
+            mode=mode,
+            options=options,
+            cuda_graphs=cuda_graphs,
+            forecast=forecast,
+            max_captures=max_captures,
+        )

@@ -1,0 +1,196 @@
+"""Changes of a model that a captured graph would not see."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import nn
+
+from deepcache_fx.guards.fingerprint import Fingerprint, fingerprint
+from deepcache_fx.planning.presets import preset
+from tests import models
+
+
+class Processor:
+    def __init__(self) -> None:
+        self.scale = [1.0, 2.0]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.block = nn.ModuleDict({"a": nn.Conv2d(1, 1, 1)})
+        self.scaling = {"default": 0.5}
+        self.processor = Processor()
+        self.register_buffer("table", torch.zeros(3))
+
+
+def scaled(model: Model, scale: float) -> Model:
+    model.scaling["default"] = scale
+    return model
+
+
+def test_minus_one_and_minus_two_are_different_although_their_hashes_are_equal() -> None:
+    model = Model()
+    assert hash(-1.0) == hash(-2.0)
+    assert fingerprint(scaled(model, -1.0)) != fingerprint(scaled(model, -2.0))
+
+
+def test_one_and_true_are_different_although_they_are_equal() -> None:
+    model = Model()
+    assert fingerprint(scaled(model, 1)) != fingerprint(scaled(model, True))
+
+
+def test_an_object_is_not_taken_for_a_later_one_at_its_address() -> None:
+    model, seen = Model(), []
+    for value in (1.5, 2.0, 3.0, 4.0):
+        model.number = np.float32(value)
+        seen.append(fingerprint(model))
+    assert len(set(seen)) == 4
+
+
+def test_attributes_made_in_inference_mode_are_read() -> None:
+    model = Model()
+    with torch.inference_mode():
+        model.lazy = torch.ones(2)
+    assert fingerprint(model) == fingerprint(model)
+
+
+def double(x: torch.Tensor, factor: float = 2.0) -> torch.Tensor:
+    return factor * x
+
+
+def test_the_arguments_of_a_partial_function_are_read() -> None:
+    model, seen = Model(), []
+    for factor in (1.5, 2.5, 1.5):
+        model.layer.forward = functools.partial(double, factor=factor)
+        seen.append(fingerprint(model))
+    assert seen[0] == seen[2] != seen[1]
+
+
+CHANGES: dict[str, Callable[[Model], object]] = {
+    "training mode": lambda m: m.train(not m.training),
+    "an adapter's scale": lambda m: m.scaling.update(default=0.7),
+    "a new adapter": lambda m: m.scaling.update(other=1.0),
+    "a processor's list": lambda m: m.processor.scale.__setitem__(0, 3.0),
+    "another processor": lambda m: setattr(m, "processor", object()),
+    "a layer's setting": lambda m: setattr(m.block["a"], "padding", (1, 1)),
+    "a new attribute": lambda m: setattr(m, "s1", 0.9),
+    "a patched layer's forward": lambda m: setattr(m.layer, "forward", lambda x: x),
+    "a diffusers configuration": lambda m: setattr(m, "_internal_dict", {"center_input_sample": True}),
+    "a replaced layer": lambda m: setattr(m, "layer", nn.Linear(2, 2)),
+    "an added layer": lambda m: m.block.update({"b": nn.Identity()}),
+    "a removed layer": lambda m: m.block.pop("a"),
+    "a replaced parameter": lambda m: setattr(m.layer, "weight", nn.Parameter(torch.zeros(2, 2))),
+    "another type": lambda m: m.half(),
+    "a replaced buffer": lambda m: setattr(m, "table", torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_is_seen(change: str) -> None:
+    """Also by what is kept, which must not be taken to hold, and then reads what a new reading would."""
+    model, kept = Model(), Fingerprint()
+    before = fingerprint(model)
+    assert fingerprint(model) == before == kept.read(model)
+    assert kept.known(model, thorough=True) is kept.read(model)
+    alive = [model.layer, model.processor, model.table, *model.parameters()]
+    CHANGES[change](model)
+    assert fingerprint(model) != before, alive
+    assert kept.known(model, thorough=True) is None
+    assert kept.read(model) == fingerprint(model)
+    assert kept.known(model, thorough=True) is not None
+
+
+SETTINGS = {
+    "an adapter's scale",
+    "a new adapter",
+    "a processor's list",
+    "another processor",
+    "a new attribute",
+    "a diffusers configuration",  # where there was none
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_settings_are_seen_at_a_glance_too(change: str) -> None:
+    model, kept = Model(), Fingerprint()
+    kept.read(model)
+    CHANGES[change](model)
+    assert (kept.known(model, thorough=False) is None) == (change in SETTINGS)
+
+
+def test_equal_values_in_new_objects_are_read_again_and_are_no_change() -> None:
+    model, kept = Model(), Fingerprint()
+    before = kept.read(model)
+    model.scaling = {"default": float("0.5")}
+    model.processor.scale = [1.0, 2.0]
+    assert kept.known(model, thorough=False) is None
+    assert kept.read(model) is before
+    model.scaling["default"] = 0.7  # of the new dictionary
+    assert kept.known(model, thorough=False) is None
+
+
+def test_what_has_expired_is_read_again_and_is_no_change() -> None:
+    model, kept = Model(), Fingerprint()
+    kept.expire()  # of nothing
+    before = kept.read(model)
+    kept.expire()
+    assert kept.known(model, thorough=True) is kept.known(model, thorough=False) is None
+    assert kept.read(model) is before
+    assert kept.known(model, thorough=True) is before
+
+
+def test_another_model_is_not_taken_for_the_one_that_was_read() -> None:
+    kept = Fingerprint()
+    kept.read(Model())
+    assert kept.known(Model(), thorough=False) is None
+
+
+def test_to_find_a_published_unet_unchanged_costs_a_fraction_of_reading_it() -> None:
+    """Of Stable Diffusion 1.5, once a run and once a call; the fastest of several tries each, on the same machine."""
+    unet, kept = preset("sd15").build(), Fingerprint()
+    kept.read(unet)
+
+    def fastest(function: Callable[[], object]) -> float:
+        times = []
+        for _ in range(15):
+            started = time.perf_counter()
+            assert function() is not None
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    reading = fastest(lambda: fingerprint(unet))
+    assert fastest(lambda: kept.known(unet, thorough=True)) < reading / 5
+    assert fastest(lambda: kept.known(unet, thorough=False)) < reading / 40
+
+
+def test_new_values_in_the_same_weights_are_not_a_change() -> None:
+    model = Model()
+    before = fingerprint(model)
+    model.load_state_dict({k: torch.ones_like(v) for k, v in model.state_dict().items()})
+    assert fingerprint(model) == before
+
+
+def test_a_diffusers_unet_is_stable_and_its_settings_are_seen() -> None:
+    unet = models.sd_unet(layers_per_block=1)
+    unet.set_attn_processor(AttnProcessor2_0())
+    seen = [fingerprint(unet)]
+    assert fingerprint(unet) == seen[0]
+    unet.set_attn_processor(AttnProcessor())
+    seen.append(fingerprint(unet))
+    unet.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    seen.append(fingerprint(unet))
+    unet.enable_freeu(0.9, 0.2, 1.1, 1.4)
+    seen.append(fingerprint(unet))
+    unet.disable_freeu()
+    seen.append(fingerprint(unet))
+    assert len({*seen}) == len(seen) - (seen[-1] == seen[1])
+    assert seen[0] != seen[1] != seen[2] != seen[3] != seen[4]
