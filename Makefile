@@ -19,10 +19,11 @@ demo: $(STAMP) ## a trained pipeline with and without caching: times, picture, r
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest
 
-check: $(STAMP) ## lint, format, types
+check: $(STAMP) ## lint, format, types, imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -23,13 +23,13 @@ import torch
 from deepcache_fx.controlnet.companion_programs import CompanionEntry, assemble_companion
 from deepcache_fx.controlnet.conditioning import CONDITION, ConditioningReader
 from deepcache_fx.controlnet.deferred import Deferral, DeferredTensor
-from deepcache_fx.controlnet.pairing import Coming, Handed
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.execution.programs import PromptValues, Values
 from deepcache_fx.graph.capture import capture, refuse_layerwise_offload
 from deepcache_fx.graph.signature import Call, UnsupportedInput
 from deepcache_fx.guards.model_state import ModelState
 from deepcache_fx.runtime.captures import find_or_make
+from deepcache_fx.runtime.pairing import Coming, Handed
 from deepcache_fx.runtime.report import CompanionCapture, CompanionReport
 from deepcache_fx.runtime.runtime import Runtime, why_original
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+
+from deepcache_fx.graph.lazy import LazyTensor
 
 
 class Deferral:
@@ -37,7 +39,7 @@ class Deferral:
             return self._values
 
 
-class DeferredTensor(torch.Tensor):
+class DeferredTensor(LazyTensor):
     """Number `index` of the tensors that a `Deferral` gives; `like` has its shape, strides, dtype and device.
 
     What does not read values leaves it as it is: `shape`, `to` the device where it is, being put into a list.
@@ -57,7 +59,6 @@ class DeferredTensor(torch.Tensor):
         self._deferral, self._index = deferral, index
 
     def value(self, *, by_operator: bool = False) -> torch.Tensor:
-        """The tensor itself, computed now unless it has been."""
         value = self._deferral.values(by_operator=by_operator)[self._index]
         assert isinstance(value, torch.Tensor)
         return value
@@ -94,18 +95,3 @@ class DeferredTensor(torch.Tensor):
 
 def _asked(value: Any) -> Any:
     return value.value(by_operator=True) if isinstance(value, DeferredTensor) else value
-
-
-def computed(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The tensors, with the values of those that are deferred."""
-    return tuple([t.value() if isinstance(t, DeferredTensor) else t for t in tensors])
-
-
-def all_computed(tree: Any) -> Any:
-    """Nested arguments of a call, with the values of the deferred tensors among them."""
-    return pytree.tree_map(lambda leaf: leaf.value() if isinstance(leaf, DeferredTensor) else leaf, tree)
-
-
-def plain_type(tensor: torch.Tensor) -> type[torch.Tensor]:
-    """A tensor's class; of a deferred one, the class of its value."""
-    return torch.Tensor if type(tensor) is DeferredTensor else type(tensor)

@@ -13,8 +13,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from deepcache_fx.controlnet.deferred import computed
 from deepcache_fx.errors import CaptureError, DeepCacheError
+from deepcache_fx.graph.lazy import computed
 from deepcache_fx.graph.signature import Call, CallReader
 
 CAPTURE_LOCK = threading.RLock()

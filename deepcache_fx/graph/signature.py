@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from deepcache_fx.controlnet.deferred import plain_type
 from deepcache_fx.errors import DeepCacheError
+from deepcache_fx.graph.lazy import plain_type
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any]
 """Arguments of a UNet call, by name or by position."""

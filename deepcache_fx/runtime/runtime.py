@@ -14,20 +14,20 @@ from typing import Any, Protocol
 
 import torch
 
-from deepcache_fx.controlnet.deferred import all_computed, computed
-from deepcache_fx.controlnet.pairing import Coming, Expectation, Handed, Pairing, pair
 from deepcache_fx.errors import DeepCacheError, ScheduleError, Uncapturable
 from deepcache_fx.execution.assemble import Entry, assemble
 from deepcache_fx.execution.compile import pick_backend
 from deepcache_fx.execution.cuda_graphs import Recorder
 from deepcache_fx.execution.programs import DeepFeature, PromptValues, Values
 from deepcache_fx.graph.capture import capture, refuse_layerwise_offload
+from deepcache_fx.graph.lazy import all_computed, computed
 from deepcache_fx.graph.listing import Listings
 from deepcache_fx.graph.pass_order import ToLayOut
 from deepcache_fx.graph.signature import Call, CallReader, UnsupportedInput
 from deepcache_fx.guards.model_state import ModelState
 from deepcache_fx.options import Options
 from deepcache_fx.runtime.captures import find_or_make
+from deepcache_fx.runtime.pairing import Coming, Expectation, Handed, Pairing, pair
 from deepcache_fx.runtime.report import CaptureReport, CompanionReport, Counts, CutReport, Report
 from deepcache_fx.runtime.steps import StepTracker, Tick, position_of, value_position
 from deepcache_fx.schedules.branch import Branch

@@ -12,7 +12,6 @@ from torch import fx
 
 from deepcache_fx.controlnet.companion_programs import CompanionEntry, assemble_companion
 from deepcache_fx.controlnet.conditioning import ConditioningReader
-from deepcache_fx.controlnet.pairing import Handed, pair
 from deepcache_fx.graph.capture import capture
 from deepcache_fx.graph.pass_order import apply_passes
 from deepcache_fx.graph.signature import Call, CallReader
@@ -20,6 +19,7 @@ from deepcache_fx.graph.skips import find_skip_connections, pick_branch
 from deepcache_fx.graph.split import RATES, split
 from deepcache_fx.options import Options
 from deepcache_fx.planning.presets import preset
+from deepcache_fx.runtime.pairing import Handed, pair
 from tests.pipelines import controlnet
 
 READER = ConditioningReader(ControlNetModel.forward)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepcache_fx.controlnet.deferred import Deferral, DeferredTensor, all_computed, computed, plain_type
+from deepcache_fx.controlnet.deferred import Deferral, DeferredTensor
+from deepcache_fx.graph.lazy import all_computed, computed, plain_type
 
 VALUE = torch.arange(6.0).reshape(2, 3)
 

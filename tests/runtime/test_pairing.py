@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from deepcache_fx.controlnet.deferred import Deferral, DeferredTensor
-from deepcache_fx.controlnet.pairing import Expectation, Handed, pair
+from deepcache_fx.runtime.pairing import Expectation, Handed, pair
 
 SOURCE = object()
 A, B, C = (torch.full((2,), float(i)) for i in range(3))

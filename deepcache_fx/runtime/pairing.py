@@ -1,4 +1,4 @@
-"""What passes between a UNet's runtime and the companion that runs the ControlNet before it."""
+"""What passes between the runtime and a companion: a network that runs before the UNet and computes inputs of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deepcache_fx.controlnet.deferred import DeferredTensor
+from deepcache_fx.graph.lazy import LazyTensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Pairing:
     def inputs(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """A shallow step's inputs: where it reads none, a tensor of the last full step will do."""
         return tuple(
-            self.unread[self.places[i]] if i in self.places and isinstance(tensor, DeferredTensor) else tensor
+            self.unread[self.places[i]] if i in self.places and isinstance(tensor, LazyTensor) else tensor
             for i, tensor in enumerate(tensors)
         )
 
