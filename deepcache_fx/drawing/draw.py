@@ -59,9 +59,7 @@ def draw(
         ...     unet = UNet2DConditionModel.from_config(config)
         >>> draw(unet, "unet.svg", branch=1)
     """
-    from deepcache_fx.drawing.paint import (
-        paint,  # the one module that needs an XML writer: not at every import of the package
-    )
+    from deepcache_fx.drawing.paint import paint  # which needs an XML writer: not at every import of the package
 
     path = check_path(path)
     unet = target if isinstance(target, torch.nn.Module) else getattr(target, "unet", None)
