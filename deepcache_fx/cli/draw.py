@@ -22,7 +22,7 @@ def draw_command(
     """Write the picture of a model's UNet, cut at a branch; progress goes to stderr.
 
     Args:
-        model: A name of `deepcache_fx.presets`, the directory of a pipeline or of its UNet, or a name on the Hub.
+        model: A name of `planning.presets`, the directory of a pipeline or of its UNet, or a name on the Hub.
         out: The file to write; its name ends in .svg.
         branch: The skip connection to cut at.
         height: Of the picture that the model makes, in pixels (of a UNet without its autoencoder, of the UNet's

@@ -35,7 +35,7 @@ def named_model(
     """The model, for a block that captures it: meanwhile stderr says so, and libraries say nothing.
 
     Args:
-        model: A name of `deepcache_fx.presets`, the directory of a pipeline or of its UNet, or a name on the Hub.
+        model: A name of `planning.presets`, the directory of a pipeline or of its UNet, or a name on the Hub.
         height: Of the picture, in pixels (of a UNet without its autoencoder, of the UNet's input); that of the preset
             or the configuration where None.
         width: Likewise.

@@ -28,7 +28,7 @@ def plan_command(
     """Print a table of the model's skip connections, and return it; progress goes to stderr.
 
     Args:
-        model: A name of `deepcache_fx.planning.presets`, the directory of a pipeline or of its UNet, or a name on the Hub.
+        model: A name of `planning.presets`, the directory of a pipeline or of its UNet, or a name on the Hub.
         height: Of the picture, in pixels (of a UNet without its autoencoder, of the UNet's input); that of the preset
             or the configuration where left out.
         width: Likewise.
