@@ -1,8 +1,8 @@
-"""The cheapest way to part a directed graph in two (Edmonds and Karp, 1972)."""
+"""The cheapest way to part a directed graph in two."""
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter
 from collections.abc import Hashable
 
 
@@ -18,39 +18,16 @@ class Network:
     """
 
     def __init__(self) -> None:
-        self._residual: dict[Hashable, dict[Hashable, int]] = defaultdict(dict)
+        self._capacities: Counter[tuple[Hashable, Hashable]] = Counter()
 
     def add(self, start: Hashable, end: Hashable, capacity: int) -> None:
-        self._residual[start][end] = self._residual[start].get(end, 0) + capacity
-        self._residual[end].setdefault(start, 0)
+        self._capacities[start, end] += capacity
 
     def sink_side(self, source: Hashable, sink: Hashable) -> set[Hashable]:
-        """The sink's side of a minimum cut, the smallest one where there are several (Edmonds and Karp)."""
-        while path := self._augmenting_path(source, sink):
-            flow = min(self._residual[start][end] for start, end in path)
-            for start, end in path:
-                self._residual[start][end] -= flow
-                self._residual[end][start] += flow
-        seen, stack = {sink}, [sink]
-        while stack:
-            end = stack.pop()
-            for start in self._residual[end]:
-                if start not in seen and self._residual[start][end] > 0:
-                    seen.add(start)
-                    stack.append(start)
-        return seen
+        """The sink's side of a minimum cut, the smallest one where there are several: what the sink is reached from."""
+        import networkx  # slow to import, and only needed here
 
-    def _augmenting_path(self, source: Hashable, sink: Hashable) -> list[tuple[Hashable, Hashable]]:
-        came_from: dict[Hashable, Hashable] = {source: source}
-        queue = deque([source])
-        while queue and sink not in came_from:
-            start = queue.popleft()
-            for end, capacity in self._residual[start].items():
-                if capacity > 0 and end not in came_from:
-                    came_from[end] = start
-                    queue.append(end)
-        path: list[tuple[Hashable, Hashable]] = []
-        while sink in came_from and sink != source:
-            path.append((came_from[sink], sink))
-            sink = came_from[sink]
-        return path
+        graph = networkx.DiGraph([(*edge, {"capacity": capacity}) for edge, capacity in self._capacities.items()])
+        graph.add_nodes_from((source, sink))
+        found: set[Hashable] = networkx.minimum_cut(graph, source, sink)[1][1]
+        return found
