@@ -2,93 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import enum
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from deepcache_fx.calibration.calibrate import calibrate
 from deepcache_fx.cli import loading
+from deepcache_fx.cli import options as option
 from deepcache_fx.cli.progress import progress_bar
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.files import writing as files
-from deepcache_fx.schedules.branch import Branch
 from deepcache_fx.schedules.schedule import Calibrated
 
 
-@dataclass(frozen=True)
-class CalibrationRequest:
-    """The command's options; None stands for a default that depends on the model or the machine."""
+class MetricName(str, enum.Enum):
+    """What `calibrate` compares with the uncached run."""
 
-    model: str
-    prompts: tuple[str, ...]
-    budget: float | None
-    """An integer is a number of full steps."""
-    target_error: float | None
-    forecast: tuple[int, ...]
-    branch: Branch
-    deeper: Branch | None
-    metric: str
-    trials: int
-    batch_size: int | None
-    backend: str
-    scheduler: str | None
-    steps: int
-    seed: int
-    dtype: str | None
-    variant: str | None
-    device: str | None
-    call_arguments: Mapping[str, object]
-    """Of the pipeline."""
-    out: Path
+    latents = "latents"
+    images = "images"
 
 
-def calibrate_command(request: CalibrationRequest) -> Calibrated:
-    """Calibrate, write the schedule, print the table on stdout; progress goes to stderr.
-
-    Raises:
-        DeepCacheError: an option makes no sense, found before anything runs where that is possible.
-    """
-    if request.scheduler is not None:
-        loading.check_scheduler(request.scheduler)
-    if (request.budget is None) == (request.target_error is None):
+def calibrate_command(
+    model: option.Pipeline,
+    out: Annotated[Path, typer.Option(help="The schedule, a JSON file. An interrupted search goes on from it.")],
+    budget: Annotated[
+        str | None, typer.Option(help="Full steps, as 17, or a share of the uncached arithmetic, as 0.4.")
+    ] = None,
+    target_error: Annotated[
+        float | None, typer.Option(help="Instead of a budget: as few full steps as keep the error below this.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Repeat it: 16 or more are best. Otherwise: the model's prompts.json.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps; the schedule is for this number alone.")] = 50,
+    scheduler: option.Scheduler = None,
+    forecast: Annotated[str, typer.Option(help="Orders of the forecast to choose from.")] = "0,1,2",
+    branch: option.Branch = "0",
+    deeper: Annotated[
+        str, typer.Option(help="A deeper skip connection that shallow steps may begin at, named as --branch is.")
+    ] = "",
+    metric: Annotated[MetricName, typer.Option(help="What is compared.")] = MetricName.latents,
+    trials: Annotated[int, typer.Option(min=1, help="How many schedules may be tried.")] = 100,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; all of them if not given.")] = None,
+    seed: option.Seed = 0,
+    dtype: option.Dtype = None,
+    variant: option.Variant = None,
+    device: option.Device = None,
+    backend: option.Backend = "auto",
+    guidance_scale: option.GuidanceScale = None,
+    height: option.Pixels = None,
+    width: option.Pixels = None,
+) -> None:
+    """Search for the full steps that bring a model's images closest to the uncached ones, at a given cost."""
+    place, below = option.read_branch(branch), option.read_branch(deeper, "--deeper") if deeper else None
+    goal, orders = None if budget is None else _budget(budget), _orders(forecast)
+    if scheduler is not None:
+        loading.check_scheduler(scheduler)
+    if (goal is None) == (target_error is None):
         raise DeepCacheError("calibrate needs either --budget or --target-error")
-    files.check_writable(request.out)
-    local = loading.check_model(request.model)
-    prompts = request.prompts or loading.read_prompts(request.model)
+    files.check_writable(out)
+    local = loading.check_model(model)
+    prompts = prompt or loading.read_prompts(model)
     if not prompts:
-        raise DeepCacheError(f"{request.model} suggests no prompts of its own: give some with --prompt, 16 or more")
-    device = loading.pick_device(request.device)
-    dtype = loading.pick_dtype(request.dtype, device)
+        raise DeepCacheError(f"{model} suggests no prompts of its own: give some with --prompt, 16 or more")
+    at = loading.pick_device(device)
+    kind = loading.pick_dtype(None if dtype is None else dtype.value, at)
+    given = {"guidance_scale": guidance_scale, "height": height, "width": width}
     console = Console(stderr=True)
     with loading.quiet(keep_download_bars=not local):
-        with console.status(f"loading {request.model}") if local else nullcontext():
-            pipe = loading.load_pipeline(request.model, dtype=dtype, device=device, variant=request.variant)
-        if request.scheduler is not None:
-            loading.use_scheduler(pipe, request.scheduler)
+        with console.status(f"loading {model}") if local else nullcontext():
+            pipe = loading.load_pipeline(model, dtype=kind, device=at, variant=variant)
+        if scheduler is not None:
+            loading.use_scheduler(pipe, scheduler)
         with progress_bar(console, time_stages=False) as progress:
             try:
                 found = calibrate(
                     pipe,
-                    prompts,
-                    budget=request.budget,
-                    target_error=request.target_error,
-                    steps=request.steps,
-                    seed=request.seed,
-                    forecast=request.forecast,
-                    branch=request.branch,
-                    deeper=request.deeper,
-                    metric=request.metric,
-                    trials=request.trials,
-                    batch_size=request.batch_size,
-                    out=request.out,
-                    optimize_arguments={"backend": request.backend},
+                    tuple(prompts),
+                    budget=goal,
+                    target_error=target_error,
+                    steps=steps,
+                    seed=seed,
+                    forecast=orders,
+                    branch=place,
+                    deeper=below,
+                    metric=metric.value,
+                    trials=trials,
+                    batch_size=batch_size,
+                    out=out,
+                    optimize_arguments={"backend": backend},
                     progress=progress,
-                    **request.call_arguments,
+                    **{name: value for name, value in given.items() if value is not None},
                 )
             except torch.OutOfMemoryError as error:
                 raise DeepCacheError("out of memory: try a smaller --batch-size or another --dtype") from error
@@ -97,9 +107,27 @@ def calibrate_command(request: CalibrationRequest) -> Calibrated:
             except ValueError as error:  # the pipeline's own checks: a height that is no multiple of 8
                 raise DeepCacheError(str(error)) from error
     output = Console()
-    output.print(_table(found, request.model))
-    output.print(f"schedule: {request.out}", markup=False, highlight=False, soft_wrap=True)
-    return found
+    output.print(_table(found, model))
+    output.print(f"schedule: {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _budget(text: str) -> float:
+    """A number of full steps, or a share below 1."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number", param_hint="--budget") from None
+
+
+def _orders(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} lists no numbers, as 0,1,2 does", param_hint="--forecast") from None
 
 
 def _table(found: Calibrated, model: str) -> Table:

@@ -2,142 +2,147 @@
 
 from __future__ import annotations
 
+import enum
 import statistics
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from deepcache_fx.cli import loading, picture
+from deepcache_fx.cli import options as option
 from deepcache_fx.cli.comparison import describe_psnr, describe_ssim
 from deepcache_fx.cli.paired_runs import Comparison, compare
-from deepcache_fx.cli.paired_runs import Progress as StepProgress
 from deepcache_fx.cli.progress import progress_bar
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.files import writing as files
-from deepcache_fx.schedules.branch import Branch
+from deepcache_fx.options import DEFAULT_FORECAST
+from deepcache_fx.schedules.patterns import Power, Uniform
 from deepcache_fx.schedules.schedule import Schedule
 
 DEFAULT_PROMPT = "a photograph of a mountain lake at sunrise"
 
 
-@dataclass(frozen=True)
-class Request:
-    """The command's options; None stands for a default that depends on the model or the machine."""
+class ScheduleName(str, enum.Enum):
+    """The schedules that have a name on the command line."""
 
-    model: str
-    refiner: str | None
-    prompts: tuple[str, ...]
-    schedule: Schedule
-    branch: Branch
-    forecast: int
-    backend: str
-    scheduler: str | None
-    steps: int
-    seed: int
-    dtype: str | None
-    variant: str | None
-    device: str | None
-    guidance_scale: float | None
-    size: Mapping[str, int]
-    repeats: int
-    warmup: bool
-    out: Path
-    json: Path | None
+    uniform = "uniform"
+    power = "power"
 
 
-def compare_command(request: Request) -> None:
-    """Compare, print the table on stdout, write the picture and the numbers; progress goes to stderr.
-
-    Raises:
-        DeepCacheError: an option makes no sense, found before anything runs where that is possible.
-    """
-    _check(request)
-    local = loading.check_model(request.model)
-    if request.refiner is not None:
-        local &= loading.check_model(request.refiner)
-    prompts = request.prompts or loading.read_prompts(request.model) or (DEFAULT_PROMPT,)
-    device = loading.pick_device(request.device)
-    dtype = loading.pick_dtype(request.dtype, device)
+def compare_command(
+    model: option.Pipeline,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeat it for more images. Otherwise: the model's prompts.json, or a landscape."),
+    ] = None,
+    interval: Annotated[int, typer.Option(min=1, help="1:N caching: every N-th step is full.")] = 3,
+    branch: option.Branch = "0",
+    schedule: Annotated[ScheduleName, typer.Option(help="Where the full steps lie.")] = ScheduleName.uniform,
+    forecast: Annotated[
+        int,
+        typer.Option(min=0, max=2, help="Of the cached feature: 1 is linear, 2 quadratic; 0 repeats it, as for LCM."),
+    ] = DEFAULT_FORECAST,
+    power: Annotated[float, typer.Option(help="Of the power schedule: how fast full steps thin out.")] = 1.4,
+    center: Annotated[int, typer.Option(help="Of the power schedule: the step around which they are dense.")] = 15,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    scheduler: option.Scheduler = None,
+    refiner: Annotated[str | None, typer.Option(help="An SDXL refiner, for the last 20 % of the denoising.")] = None,
+    seed: option.Seed = 0,
+    dtype: option.Dtype = None,
+    variant: option.Variant = None,
+    device: option.Device = None,
+    backend: option.Backend = "auto",
+    guidance_scale: option.GuidanceScale = None,
+    height: option.Pixels = None,
+    width: option.Pixels = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each pipeline is timed.")] = 3,
+    warmup: Annotated[bool, typer.Option(help="Run each once before it is timed.")] = True,
+    out: Annotated[Path, typer.Option(help="The picture: baseline above, optimised below.")] = Path("output.png"),
+    json: option.Json = None,
+) -> None:
+    """Run a text-to-image pipeline without and with caching: times, similarity, a picture of both."""
+    where = option.read_branch(branch)
+    timetable = Uniform(interval) if schedule is ScheduleName.uniform else Power(interval, power, center)
+    _check(timetable, steps, scheduler, out, json)
+    local = loading.check_model(model)
+    if refiner is not None:
+        local &= loading.check_model(refiner)
+    prompts = tuple(prompt or loading.read_prompts(model) or (DEFAULT_PROMPT,))
+    at = loading.pick_device(device)
+    kind = loading.pick_dtype(None if dtype is None else dtype.value, at)
     console = Console(stderr=True)
     with loading.quiet(keep_download_bars=not local):
-        pipes = _load(request, device, dtype, console, spin=local)
-        with progress_bar(console, time_stages=True) as progress:
-            found = _compare(request, prompts, pipes, progress)
-    picture.save(picture.draw_comparison(found), request.out)
+        pipes = []
+        for name in filter(None, (model, refiner)):
+            with console.status(f"loading {name}") if local else nullcontext():  # else the download bars are shown
+                pipes.append(loading.load_pipeline(name, dtype=kind, device=at, variant=variant))
+        for pipe in pipes if scheduler is not None else ():
+            loading.use_scheduler(pipe, str(scheduler))
+        with progress_bar(console, time_stages=True) as progress, _one_line_errors():
+            found = compare(
+                pipes[0],
+                prompts=prompts,
+                optimize_arguments={"schedule": timetable, "branch": where, "forecast": forecast, "backend": backend},
+                steps=steps,
+                seed=seed,
+                guidance_scale=guidance_scale,
+                refiner=pipes[1] if len(pipes) > 1 else None,
+                repeats=repeats,
+                warmup=warmup,
+                progress=progress,
+                **{name: value for name, value in (("height", height), ("width", width)) if value is not None},
+            )
+    picture.save(picture.draw_comparison(found), out)
     settings = {
-        "model": request.model,
-        "refiner": request.refiner,
-        "schedule": str(request.schedule),
-        "branch": request.branch,
-        "forecast": request.forecast,
+        "model": model,
+        "refiner": refiner,
+        "schedule": str(timetable),
+        "branch": where,
+        "forecast": forecast,
         "scheduler": type(pipes[0].scheduler).__name__,
         "backend": found.reports[0].backend,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(at) if at.type == "cuda" else at.type,
+        "dtype": str(kind).removeprefix("torch."),
         "torch": torch.__version__,
         "height": found.baseline_images.shape[-2],
         "width": found.baseline_images.shape[-1],
     }
-    if request.json is not None:
-        files.write_json(request.json, {**settings, **found.to_dict()})
+    if json is not None:
+        files.write_json(json, {**settings, **found.to_dict()})
     output = Console()
     output.print(_table(found, settings))
     for remark in found.remarks:
         output.print(f"note: {remark}", markup=False, highlight=False)
-    output.print(f"picture: {request.out}", markup=False, highlight=False, soft_wrap=True)
+    output.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _load(request: Request, device: torch.device, dtype: torch.dtype, console: Console, *, spin: bool) -> list[Any]:
-    """The pipeline, and the refiner where there is one. `spin`: nothing else will show that something happens."""
-    pipes = []
-    for name in (request.model, request.refiner):
-        if name is not None:
-            with console.status(f"loading {name}") if spin else nullcontext():
-                pipes.append(loading.load_pipeline(name, dtype=dtype, device=device, variant=request.variant))
-    for pipe in pipes if request.scheduler is not None else ():
-        loading.use_scheduler(pipe, str(request.scheduler))
-    return pipes
-
-
-def _compare(request: Request, prompts: tuple[str, ...], pipes: list[Any], progress: StepProgress) -> Comparison:
-    arguments = {name: getattr(request, name) for name in ("schedule", "branch", "forecast", "backend")}
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
     try:
-        return compare(
-            pipes[0],
-            prompts=prompts,
-            optimize_arguments=arguments,
-            steps=request.steps,
-            seed=request.seed,
-            guidance_scale=request.guidance_scale,
-            refiner=pipes[1] if len(pipes) > 1 else None,
-            repeats=request.repeats,
-            warmup=request.warmup,
-            progress=progress,
-            **request.size,
-        )
+        yield
     except ValueError as error:  # the pipeline's own checks: a height that is no multiple of 8, too many steps
         raise DeepCacheError(str(error)) from error
     except torch.OutOfMemoryError as error:
         raise DeepCacheError("out of memory: try fewer prompts, a smaller picture or another --dtype") from error
 
 
-def _check(request: Request) -> None:
+def _check(schedule: Schedule, steps: int, scheduler: str | None, out: Path, json: Path | None) -> None:
     """What can be known to be wrong before a model is loaded."""
-    if request.scheduler is not None:
-        loading.check_scheduler(request.scheduler)
-    if request.schedule.needs_num_steps:
-        request.schedule.full_steps(request.steps)
+    if scheduler is not None:
+        loading.check_scheduler(scheduler)
+    if schedule.needs_num_steps:
+        schedule.full_steps(steps)
     try:
-        picture.check_suffix(request.out)
+        picture.check_suffix(out)
     except ValueError as error:
         raise DeepCacheError(str(error)) from error
-    for path in (request.out, request.json):
+    for path in (out, json):
         if path is not None:
             files.check_writable(path)
 

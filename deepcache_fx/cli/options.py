@@ -8,6 +8,8 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from deepcache_fx.schedules import branch
+
 
 class DtypeName(str, enum.Enum):
     """Floating-point types of the weights, by their torch names."""
@@ -45,3 +47,16 @@ CacheDtype: TypeAlias = Annotated[DtypeName, typer.Option(help="Decides the size
 # Of either kind.
 
 Json: TypeAlias = Annotated[Path | None, typer.Option(help="Also write every number to this file.")]
+
+
+def read_branch(text: str, option_name: str = "--branch") -> branch.Branch:
+    """A skip connection as it is named on the command line."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers) < 0:
+        raise typer.BadParameter(
+            f"{text!r} is neither a number of at least 0 nor block,layer as in 1,2", param_hint=option_name
+        )
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deepcache_fx.cli import app as cli
 from deepcache_fx.cli import compare as cli_compare
+from deepcache_fx.cli import options
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.files import writing as files
 from deepcache_fx.options import DEFAULT_FORECAST
@@ -147,17 +147,22 @@ def test_a_branch_that_the_model_lacks_is_one_line_and_exit_code_2(model: str, t
 
 @pytest.mark.parametrize(("given", "expected"), [((), 1), (("--forecast", "0"), 0), (("--forecast", "2"), 2)])
 def test_the_forecast_is_linear_unless_asked_otherwise(
-    given: tuple[str, ...], expected: int, monkeypatch: pytest.MonkeyPatch
+    model: str, given: tuple[str, ...], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[cli_compare.Request] = []
-    monkeypatch.setattr(cli_compare, "compare_command", asked.append)
-    assert run("compare", "--model", "x", *given)[0] == 0
-    assert [request.forecast for request in asked] == [expected]
+    asked: list[int] = []
+
+    def compare(*_: object, optimize_arguments: dict[str, int], **options: object) -> object:
+        asked.append(optimize_arguments["forecast"])
+        raise DeepCacheError("enough")
+
+    monkeypatch.setattr(cli_compare, "compare", compare)
+    run("compare", "--model", model, *given)
+    assert asked == [expected]
 
 
 def test_a_branch_is_a_number_or_a_pair() -> None:
-    assert cli._branch("3") == 3
-    assert cli._branch("1,2") == (1, 2)
+    assert options.read_branch("3") == 3
+    assert options.read_branch("1,2") == (1, 2)
 
 
 def test_plan_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
