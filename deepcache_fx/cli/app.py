@@ -6,15 +6,15 @@ A wrong argument is one line on stderr and exit code 2; Ctrl-C is exit code 130 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from deepcache_fx.cli import options as option
 from deepcache_fx.cli.calibrate import calibrate_command
 from deepcache_fx.cli.compare import compare_command
+from deepcache_fx.cli.draw import draw_command
+from deepcache_fx.cli.plan import plan_command
 from deepcache_fx.errors import DeepCacheError
 
 
@@ -55,38 +55,6 @@ main = typer.Typer(
 
 
 main.command("compare")(compare_command)
-
-
-@main.command()
-def plan(
-    model: option.Model,
-    height: Annotated[int | None, typer.Option(min=1, help="Of the picture, in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Of the picture, in pixels.")] = None,
-    batch: option.Batch = None,
-    dtype: option.CacheDtype = option.DtypeName.float16,
-    json: option.Json = None,
-) -> None:
-    """What each skip connection would save: arithmetic, cache size, speed-up bound. Needs no weights."""
-    from deepcache_fx.cli.plan import plan_command
-
-    plan_command(model, height=height, width=width, batch=batch, dtype=dtype.value, json=json)
-
-
-@main.command()
-def draw(
-    model: option.Model,
-    out: Annotated[Path, typer.Option(help="The picture, an SVG file.")] = Path("unet.svg"),
-    branch: Annotated[str, typer.Option(help="The skip connection to cut at: its number, or block,layer.")] = "0",
-    height: Annotated[int | None, typer.Option(min=1, help="Of the model's pictures, in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Of the model's pictures, in pixels.")] = None,
-    batch: option.Batch = None,
-    dtype: option.CacheDtype = option.DtypeName.float16,
-) -> None:
-    """Draw the UNet as an SVG file: what runs at every step, what is cached, what each part costs. Needs no weights."""
-    from deepcache_fx.cli.draw import draw_command
-
-    where = option.read_branch(branch)
-    draw_command(model, out, branch=where, height=height, width=width, batch=batch, dtype=dtype.value)
-
-
+main.command("plan")(plan_command)
+main.command("draw")(draw_command)
 main.command("calibrate")(calibrate_command)

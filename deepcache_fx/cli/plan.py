@@ -1,20 +1,35 @@
-"""The `plan` command: what caching can save for a model named on the command line, without loading its weights."""
+"""What `deepcache-fx plan` does: what caching can save for a model named there, without loading its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from deepcache_fx.cli import options as option
 from deepcache_fx.cli.model import named_model
 from deepcache_fx.files import writing as files
 from deepcache_fx.planning.plan import Plan, plan
 
 
 def plan_command(
+    model: option.Model,
+    height: Annotated[int | None, typer.Option(min=1, help="Of the picture, in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Of the picture, in pixels.")] = None,
+    batch: option.Batch = None,
+    dtype: option.CacheDtype = option.DtypeName.float16,
+    json: option.Json = None,
+) -> None:
+    """What each skip connection would save: arithmetic, cache size, speed-up bound. Needs no weights."""
+    print_plan(model, height=height, width=width, batch=batch, dtype=dtype.value, json=json)
+
+
+def print_plan(
     model: str,
     *,
     height: int | None = None,

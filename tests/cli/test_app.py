@@ -14,6 +14,7 @@ from PIL import Image
 
 from deepcache_fx.cli import compare as cli_compare
 from deepcache_fx.cli import options
+from deepcache_fx.cli import plan as cli_plan
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.files import writing as files
 from deepcache_fx.options import DEFAULT_FORECAST
@@ -167,12 +168,7 @@ def test_a_branch_is_a_number_or_a_pair() -> None:
 
 def test_plan_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, object] = {}
-
-    def plan_command(model: str, **options: object) -> None:
-        asked.update(options, model=model)
-
-    stand_in = types.SimpleNamespace(plan_command=plan_command)
-    monkeypatch.setitem(sys.modules, "deepcache_fx.cli.plan", stand_in)  # type: ignore[arg-type]
+    monkeypatch.setattr(cli_plan, "print_plan", lambda model, **options: asked.update(options, model=model))
     code, _, error = run("plan", "--model", "sd15", "--height", "512", "--batch", "2", "--json", "plan.json")
     assert (code, error) == (0, "")
     expected = dict(height=512, width=None, batch=2, dtype="float16", json=Path("plan.json"))
@@ -180,11 +176,10 @@ def test_plan_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_of_plan_is_one_line_however_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def plan_command(*_: object, **__: object) -> object:
+    def print_plan(*_: object, **__: object) -> object:
         raise DeepCacheError("no such\n  model")
 
-    stand_in = types.SimpleNamespace(plan_command=plan_command)
-    monkeypatch.setitem(sys.modules, "deepcache_fx.cli.plan", stand_in)  # type: ignore[arg-type]
+    monkeypatch.setattr(cli_plan, "print_plan", print_plan)
     refused(["plan", "--model", "x"], "no such model", tmp_path)
 
 

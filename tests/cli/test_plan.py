@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from deepcache_fx import DeepCacheError
-from deepcache_fx.cli.plan import plan_command
+from deepcache_fx.cli.plan import print_plan
 from deepcache_fx.planning.plan import Plan, giga
 from tests.models import sd_pipeline, sd_unet
 
@@ -32,7 +32,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(model: str | Path, **options: Any) -> tuple[Plan, str]:
     output = io.StringIO()
-    return plan_command(str(model), console=Console(file=output, width=80), **options), output.getvalue()
+    return print_plan(str(model), console=Console(file=output, width=80), **options), output.getvalue()
 
 
 def test_a_preset_is_printed_as_a_table_that_fits_a_terminal() -> None:
@@ -76,4 +76,4 @@ def test_a_unets_directory_takes_sizes_of_its_input(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_captured(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing" / "plan.json"):
         with pytest.raises(DeepCacheError, match="cannot be written"):
-            plan_command("sd15", json=path)
+            print_plan("sd15", json=path)
