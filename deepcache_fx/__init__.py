@@ -1,10 +1,13 @@
 """deepcache_fx: DeepCache as a graph transformation, compiled. See `optimize`."""
 
+from deepcache_fx.api import begin as begin
+from deepcache_fx.api import condition as condition
 from deepcache_fx.api import optimize as optimize
 from deepcache_fx.api import optimized as optimized
 from deepcache_fx.api import report as report
 from deepcache_fx.api import reset as reset
 from deepcache_fx.api import restore as restore
+from deepcache_fx.api import step as step
 from deepcache_fx.calibrate import calibrate as calibrate
 from deepcache_fx.calibrated import Calibrated as Calibrated
 from deepcache_fx.draw import draw as draw

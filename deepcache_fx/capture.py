@@ -6,7 +6,7 @@ import operator
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,9 +31,22 @@ class Captured:
 
     graph: fx.GraphModule
     out_spec: pytree.TreeSpec
+    is_tuple: bool = field(init=False)
+    """True where the model returns a plain tuple of leaves."""
+    is_leaf: bool = field(init=False)
+    """True where it returns a tensor."""
+
+    def __post_init__(self) -> None:
+        spec = self.out_spec
+        object.__setattr__(self, "is_tuple", spec.type is tuple and spec.num_nodes == spec.num_leaves + 1)
+        object.__setattr__(self, "is_leaf", spec.is_leaf())
 
     def outputs(self, leaves: Sequence[Any]) -> Any:
         """What the model would have returned: a tuple, or its output class."""
+        if self.is_tuple:
+            return tuple(leaves)
+        if self.is_leaf:
+            return leaves[0]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
     def with_graph(self, graph: fx.GraphModule) -> Captured:

@@ -90,40 +90,43 @@ class Fingerprint:
     """
 
     def __init__(self) -> None:
-        self._known: _Model | None = None
+        self.last: Known | None = None
 
     def known(self, module: torch.nn.Module, *, thorough: bool) -> Settings | None:
         """The fingerprint, where nothing has changed; None where something has.
 
         Without `thorough` settings alone are compared: not structure, weights, hooks and PyTorch's own layers.
         """
-        known = self._known
+        known = self.last
         if known is None or known.module is not module:
             return None
-        unchanged = known.settings_read.holds(thorough=thorough) and (not thorough or known.layers_read.holds())
+        if thorough:
+            unchanged = known.settings_read.holds() and known.layers_read.holds()
+        else:
+            unchanged = known.settings_read.holds_settings()
         return known.settings if unchanged else None
 
     def objects(self) -> list[object]:
         """Every submodule, and every other object with attributes in them, as last read."""
-        known = self._known
+        known = self.last
         return [*known.settings_read.objects, *known.layers_read.objects] if known is not None else []
 
     def read(self, module: torch.nn.Module) -> Settings:
         """The fingerprint as of now."""
-        before, now = self._known, _read(module)
+        before, now = self.last, _read(module)
         if before is not None and now.settings == before.settings:
             now = replace(now, settings=before.settings)  # the same object: then every look-up is quick
-        self._known = now
+        self.last = now
         return now.settings
 
     def expire(self) -> None:
         """Have it read again at the next look, whether or not anything has changed."""
-        if self._known is not None:
-            self._known = replace(self._known, module=None)
+        if self.last is not None:
+            self.last = replace(self.last, module=None)
 
 
 @dataclass(frozen=True)
-class _Model:
+class Known:
     """A model as it was read."""
 
     module: torch.nn.Module | None
@@ -133,7 +136,7 @@ class _Model:
     layers_read: Reading
 
 
-def _read(module: torch.nn.Module) -> _Model:
+def _read(module: torch.nn.Module) -> Known:
     settings, layers = Reading(), Reading()
     frozen: list[object] = []
     for name, sub in module.named_modules():
@@ -151,7 +154,7 @@ def _read(module: torch.nn.Module) -> _Model:
             for key, tensor in layers.dictionary(tensors):
                 if tensor is not None:
                     frozen.append((key, id(tensor), *layers.weight(tensor)))
-    return _Model(module, Settings(tuple(frozen)), settings, layers)
+    return Known(module, Settings(tuple(frozen)), settings, layers)
 
 
 def _freeze(value: Any, depth: int, read: Reading) -> object:

@@ -25,7 +25,7 @@ class UnsupportedInput(Exception):
     """An argument that cannot be part of a key: neither a tensor, nor hashable, nor a container of such."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """One call, canonical: equal `key` means the same graph serves, with `tensors` as its inputs in order."""
 
@@ -37,6 +37,10 @@ class Call:
     prompt_inputs: tuple[int, ...]
     """Which of `tensors` are likely to stay through a run: conditioning, that is all but the sample, the timestep and
     feature maps (a ControlNet's residuals)."""
+    maps: tuple[int, ...] = ()
+    """Which of `tensors` are feature maps besides the sample."""
+    is_plain: bool = True
+    """False where one of `tensors` may be deferred."""
     numbers: tuple[int, ...] = ()
     """Which of `tensors` were given as Python numbers, besides the timestep (see `conditioning`)."""
 
@@ -63,6 +67,8 @@ class CallReader:
         self._plain = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
         self._names = tuple(named)
         self._defaults = {p.name: p.default for p in parameters}
+        self._fitting: set[tuple[object, ...]] = set()
+        """Numbers of positional arguments, and names of the others, that are known to fit."""
         self._required = tuple(name for name, default in self._defaults.items() if default is _MISSING)
 
     def read(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
@@ -72,7 +78,10 @@ class CallReader:
             TypeError: the arguments do not fit `forward`, as Python would say.
             UnsupportedInput: an argument cannot be part of a key, or the first one is no tensor.
         """
-        arguments = self._bind(module, args, kwargs)
+        if (len(args), *kwargs) in self._fitting:
+            arguments = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
+        else:
+            arguments = self._bind(module, args, kwargs)
         sample = arguments[self.sample_name]
         if not isinstance(sample, torch.Tensor):
             raise UnsupportedInput(f"argument {self.sample_name} is no tensor but {type(sample).__name__}")
@@ -88,20 +97,34 @@ class CallReader:
             if timestep is not None and sample.device.type == "cuda" and timestep.device.type == "cpu":
                 arguments[self.timestep_name] = _on_device(timestep, sample.device)
         tensors: list[torch.Tensor] = []
-        key = tuple(_describe(value, tensors) for value in arguments.values())
+        parts: list[Hashable] = []
+        for value in arguments.values():  # most are None or plain tensors: described here, for this runs at every call
+            if value is None:
+                parts.append(None)
+            elif type(value) is torch.Tensor:
+                tensors.append(value)
+                parts.append((torch.Tensor, value.shape, value.stride(), value.dtype, value.device))
+            else:
+                parts.append(_describe(value, tensors))
         given = arguments[self.timestep_name] if self.timestep_name is not None else None
-        prompt = tuple([i for i, t in enumerate(tensors) if t.ndim < 4 and t is not sample and t is not given])
-        return Call(arguments, tuple(tensors), (key, _ambient(sample.device.type)), timestep, sample, prompt)
+        prompt, maps, is_plain = list[int](), list[int](), True
+        for index, tensor in enumerate(tensors):
+            is_plain = is_plain and type(tensor) is torch.Tensor
+            if tensor is not sample and tensor is not given:
+                (prompt if tensor.ndim < 4 else maps).append(index)
+        device_type = sample.device.type  # what the surrounding code sets, and a capture bakes in:
+        is_cast = torch._C._is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        key = (tuple(parts), torch.get_autocast_dtype(device_type) if is_cast else None)
+        return Call(arguments, tuple(tensors), key, timestep, sample, tuple(prompt), tuple(maps), is_plain)
 
     def _bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Every argument by name, in order, without self: what `inspect.Signature.bind` does, ten times as fast."""
         if self._plain and len(args) <= len(self._names):
-            arguments = self._defaults | dict(zip(self._names, args, strict=False))
-            arguments.update(kwargs)
-            known = len(arguments) == len(self._names)
-            twice = any(name in kwargs for name in self._names[: len(args)])
-            if known and not twice and not any(arguments[name] is _MISSING for name in self._required):
-                return arguments
+            given = {*self._names[: len(args)], *kwargs}
+            fits = given <= set(self._names) and len(given) == len(args) + len(kwargs)
+            if fits and given.issuperset(self._required):
+                self._fitting.add((len(args), *kwargs))
+                return {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
         bound = self.signature.bind(module, *args, **kwargs)
         bound.apply_defaults()
         del bound.arguments[next(iter(bound.arguments))]
@@ -140,13 +163,6 @@ def _on_device(timestep: torch.Tensor, device: torch.device) -> torch.Tensor:
     if timestep.numel() == 1:
         return torch.full(timestep.shape, timestep.item(), dtype=timestep.dtype, device=device)
     return timestep.to(device, non_blocking=not timestep.is_pinned())  # pinned memory would be read later
-
-
-def _ambient(device_type: str) -> Hashable:
-    """What the surrounding code sets and a capture bakes in."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
 
 
 def _describe(value: Any, tensors: list[torch.Tensor]) -> Hashable:

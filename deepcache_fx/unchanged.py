@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import chain, islice, repeat
+from collections.abc import Iterable
+from itertools import chain
 from operator import attrgetter, eq, is_
 from typing import Any
 
@@ -15,7 +16,7 @@ _version = attrgetter("_version")
 _STANDARD = tuple(torch.nn.Module().__dict__)
 """The attributes that every module has, and has first."""
 
-_END = (object(),)
+_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
 
 
 class Reading:
@@ -30,8 +31,11 @@ class Reading:
         self._types: list[type] = []
         self._names: list[object] = []
         self._values: list[object] = []
-        self._skipped: list[int] = []
-        self._own: list[object] = []
+        self._views: list[Iterable[object]] = []
+        """Of the attributes' dictionaries: they show what is there now."""
+        self._objects_at: list[int] = []
+        """Which of the values are told apart by identity alone."""
+        self._objects_kept: list[object] = []
         self._containers: list[Any] = []
         self._lengths: list[int] = []
         self._items: list[object] = []
@@ -48,12 +52,15 @@ class Reading:
         items = list(_attributes(owner).items())
         names, values = [name for name, _ in items], [value for _, value in items]
         skipped = len(_STANDARD) if tuple(names[: len(_STANDARD)]) == _STANDARD else 0
+        for index, value in enumerate(values[skipped:], len(self._values) + skipped):
+            if type(value) not in _PLAIN:
+                self._objects_at.append(index)
+                self._objects_kept.append(value)
         self.objects.append(owner)
         self._types.append(type(owner))
+        self._views.append(_attributes(owner).values())
         self._names += names
         self._values += values
-        self._skipped.append(skipped)
-        self._own += values[skipped:]
         return items
 
     def dictionary(self, value: dict[Any, Any]) -> list[tuple[Any, Any]]:
@@ -102,32 +109,49 @@ class Reading:
         self._strides.append(stride)
         return (*kind, stride)
 
-    def holds(self, *, thorough: bool = True) -> bool:
-        """True where nothing of it has changed; without `thorough`, of objects no more than their own attributes."""
+    def holds(self) -> bool:
+        """True where nothing of it has changed."""
         try:
+            found = [*map(_attributes, self.objects)]
             return (
-                (self._same_entirely() if thorough else self._same_attributes())
-                and [*map(len, self._containers)] == self._lengths
-                and all(map(is_, chain.from_iterable(self._containers), self._items))
-                and not any(self._empty)
-                and all(value == items for value, items in self._sets)
-                and [*map(_version, self._tensors)] == self._versions
+                all(map(is_, map(type, self.objects), self._types))
+                and sum(map(len, found)) == len(self._values)
+                and all(map(is_, chain.from_iterable(map(dict.values, found)), self._values))
+                and [*chain.from_iterable(found)] == self._names
+                and all(map(eq, map(_kind, self._weights), self._kinds))
+                and all(map(eq, map(torch.Tensor.stride, self._weights), self._strides))
+                and self._are_contents_same()
             )
         except RuntimeError:  # a dictionary changed its size: another thread is at it
             return False
 
-    def _same_attributes(self) -> bool:
-        found = map(dict.values, map(_attributes, self.objects))
-        own = chain.from_iterable(map(islice, found, self._skipped, repeat(None)))
-        return all(map(is_, chain(own, _END), chain(self._own, _END)))  # not `all` of those that both have
+    def holds_settings(self) -> bool:
+        """True where no attribute has changed: asked at every call, so as quickly as it can be.
 
-    def _same_entirely(self) -> bool:
-        found = [*map(_attributes, self.objects)]
+        Plain values are compared as equal numbers are, the others by identity.
+        """
+        try:
+            values = [*chain.from_iterable(self._views)]
+            return (
+                values == self._values
+                and all(map(is_, map(values.__getitem__, self._objects_at), self._objects_kept))
+                and [*map(len, self._containers)] == self._lengths
+                and all(map(is_, chain.from_iterable(self._containers), self._items))
+                and not any(self._empty)
+                and [*map(_version, self._tensors)] == self._versions
+                and (not self._sets or self._are_sets_same())
+            )
+        except (RuntimeError, TypeError, ValueError):  # a dictionary is changing its size; arrays compare as arrays
+            return False
+
+    def _are_contents_same(self) -> bool:
         return (
-            all(map(is_, map(type, self.objects), self._types))
-            and sum(map(len, found)) == len(self._values)
-            and all(map(is_, chain.from_iterable(map(dict.values, found)), self._values))
-            and [*chain.from_iterable(found)] == self._names
-            and all(map(eq, map(_kind, self._weights), self._kinds))
-            and all(map(eq, map(torch.Tensor.stride, self._weights), self._strides))
+            [*map(len, self._containers)] == self._lengths
+            and all(map(is_, chain.from_iterable(self._containers), self._items))
+            and not any(self._empty)
+            and self._are_sets_same()
+            and [*map(_version, self._tensors)] == self._versions
         )
+
+    def _are_sets_same(self) -> bool:
+        return all(value == items for value, items in self._sets)
