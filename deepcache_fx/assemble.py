@@ -19,7 +19,7 @@ from deepcache_fx.only import Only
 from deepcache_fx.programs import Called, Programs, PromptStage, ShallowProgram
 from deepcache_fx.recorded import Recorded
 from deepcache_fx.signature import Call
-from deepcache_fx.skips import find_skip_connections, pick_branches
+from deepcache_fx.skips import pick_branches, require_skip_connections
 from deepcache_fx.split import RATES, Variant, Variants, split
 from passes import (
     Canonicalize,
@@ -97,7 +97,7 @@ def assemble(
         DeepCacheError: a pass failed, there is no such branch, or the backend is unknown.
     """
     captured, records = apply_passes(captured, options)
-    skips = find_skip_connections(captured.graph.graph)
+    skips = require_skip_connections(captured.graph.graph, name)
     branches = pick_branches(skips, options.branch, options.schedule.branches, name)
     rates = [name for name in RATES if options.uses(name)]
     chosen = list(dict.fromkeys(branches.values()))

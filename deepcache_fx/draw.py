@@ -19,7 +19,7 @@ from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.example_inputs import example_inputs as make_example_inputs
 from deepcache_fx.plan import input_shapes as shapes
 from deepcache_fx.signature import Call, CallReader, ExampleInputs
-from deepcache_fx.skips import find_skip_connections, pick_branch
+from deepcache_fx.skips import pick_branch, require_skip_connections
 from deepcache_fx.split import RATES, split
 
 
@@ -93,7 +93,7 @@ def _examine(unet: torch.nn.Module, inputs: ExampleInputs, branch: Branch | None
     reader = CallReader(model_class.forward)
     call = reader.read_example(unet, inputs)
     captured, _ = apply_passes(capture(unet, call, reader, model_class), options)
-    skips = find_skip_connections(captured.graph.graph)
+    skips = require_skip_connections(captured.graph.graph, model_class.__name__)
     rates = [name for name in RATES if options.uses(name)]
     cut = pick_branch(skips, chosen, model_class.__name__)
     variants = split(captured, cut, rates=rates, prompt_inputs=call.prompt_inputs)
