@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Mapping
 from itertools import chain, islice, repeat
 from operator import attrgetter, eq, is_
 from typing import Any
@@ -16,6 +18,15 @@ _STANDARD = tuple(torch.nn.Module().__dict__)
 """The attributes that every module has, and has first."""
 
 _END = (object(),)
+
+_defaults = attrgetter("__defaults__", "__kwdefaults__")
+
+
+def _contents(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _END  # empty
 
 
 class Reading:
@@ -39,6 +50,10 @@ class Reading:
         self._sets: list[tuple[set[Any], frozenset[Any]]] = []
         self._tensors: list[torch.Tensor] = []
         self._versions: list[int] = []
+        self._cells: list[types.CellType] = []
+        self._held: list[object] = []
+        self._functions: list[types.FunctionType] = []
+        self._defaults: list[object] = []
         self._weights: list[torch.Tensor] = []
         self._kinds: list[object] = []
         self._strides: list[object] = []
@@ -56,7 +71,7 @@ class Reading:
         self._own += values[skipped:]
         return items
 
-    def dictionary(self, value: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    def dictionary(self, value: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
         """What a dictionary holds."""
         items = list(value.items())
         if items:
@@ -86,6 +101,16 @@ class Reading:
         self._sets.append((value, items))
         return items
 
+    def function(self, value: types.FunctionType) -> list[object]:
+        """What a function's closure holds, and its defaults."""
+        cells = value.__closure__ or ()
+        held = [*map(_contents, cells)]
+        self._cells += cells
+        self._held += held
+        self._functions.append(value)
+        self._defaults += _defaults(value)
+        return [*held, *(value.__defaults__ or ()), value.__kwdefaults__]
+
     def tensor(self, value: torch.Tensor) -> int | None:
         """How often a tensor has been written into, where that is counted."""
         if value.is_inference():
@@ -112,9 +137,14 @@ class Reading:
                 and not any(self._empty)
                 and all(value == items for value, items in self._sets)
                 and [*map(_version, self._tensors)] == self._versions
+                and (not self._functions or self._same_functions())
             )
         except RuntimeError:  # a dictionary changed its size: another thread is at it
             return False
+
+    def _same_functions(self) -> bool:
+        defaults = chain.from_iterable(map(_defaults, self._functions))
+        return all(map(is_, map(_contents, self._cells), self._held)) and all(map(is_, defaults, self._defaults))
 
     def _same_attributes(self) -> bool:
         found = map(dict.values, map(_attributes, self.objects))
