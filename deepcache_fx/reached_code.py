@@ -85,8 +85,8 @@ def instance(item: Any, skipped: frozenset[str] = frozenset()) -> Namespace:
             own[name] = value
 
     def remove(name: str) -> None:
-        if name in slots:
-            object.__delattr__(item, name)
+        if name in slots or isinstance(item, type):
+            delattr(item, name)
         elif own is not None:
             del own[name]
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from deepcache_fx.reached_code import is_library
+from deepcache_fx.reached_code import instance, is_library
 
 _META = ("tensor_meta", "from_node", "stack_trace", "nn_module_stack", "torch_fn", "original_aten")
 _ANONYMOUS = (dict, list, tuple, set, frozenset, deque, types.CellType, types.MethodType, functools.partial)
@@ -140,3 +140,7 @@ def _take_away(tensor: FakeTensor, holder: Any) -> None:
         for memo in gc.get_objects():
             if isinstance(memo, functools._lru_cache_wrapper) and any(holder is x for x in gc.get_referents(memo)):
                 memo.cache_clear()
+    elif not isinstance(holder, (tuple, frozenset, types.FrameType, types.MethodType, functools.partial)):
+        own = instance(holder)
+        for name in [name for name, value in own.items().items() if value is tensor]:
+            own.remove(name)
