@@ -15,6 +15,7 @@ from deepcache_fx.errors import BranchError as BranchError
 from deepcache_fx.errors import CaptureError as CaptureError
 from deepcache_fx.errors import CompileError as CompileError
 from deepcache_fx.errors import DeepCacheError as DeepCacheError
+from deepcache_fx.errors import FakeTensorError as FakeTensorError
 from deepcache_fx.errors import OptionError as OptionError
 from deepcache_fx.errors import ScheduleError as ScheduleError
 from deepcache_fx.only import Only as Only

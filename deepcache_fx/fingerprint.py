@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deepcache_fx.reached_code import is_library
 from deepcache_fx.unchanged import Reading
 
 NOT_STATE = frozenset(
@@ -37,6 +38,16 @@ NOT_STATE = frozenset(
 
 _SELDOM_CHANGED = frozenset({"_forward_hooks", "_forward_pre_hooks", "_internal_dict"})
 """Hooks, and diffusers' configuration: as structure and weights, not looked at within a run."""
+
+_PLAIN = (bool, int, float, str, bytes, torch.dtype, torch.device)
+_CODE = (types.FunctionType, types.MethodType, functools.partial)
+_READ = (*_PLAIN, *_CODE, torch.Tensor, dict, list, tuple, set, frozenset, types.SimpleNamespace)
+
+_HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks"})
+"""Called around a graph, or not captured at all (see `side_effects`): what they keep is no setting."""
+
+_MARK = "_deepcache_fx"
+"""As in `attach`."""
 
 _DEPTH = 4
 
@@ -77,7 +88,8 @@ def fingerprint(module: torch.nn.Module) -> Settings:
     """Equal for equal structure, settings and parameter objects; in-place changes of values leave it as it is.
 
     Seen: submodules added, replaced or removed, parameters replaced, and every plain value in an instance attribute:
-    training mode, LoRA scales and active adapters, IP-Adapter scale, attention processors, FreeU factors.
+    training mode, LoRA scales and active adapters, IP-Adapter scale, attention processors, FreeU factors. So is what
+    functions held there have in their closures and defaults, and what classes hold that are no library's.
     """
     return _read(module).settings
 
@@ -148,17 +160,42 @@ def _read(module: torch.nn.Module) -> Known:
             if key == "forward" and (not name or "_old_forward" in sub.__dict__):
                 continue  # our own, or accelerate's
             if key not in NOT_STATE and value is not None:
-                frozen.append((key, _freeze(value, _DEPTH, layers if key in _SELDOM_CHANGED else settings)))
+                depth = 1 if key in _HOOKS else _DEPTH
+                frozen.append((key, _freeze(value, depth, layers if key in _SELDOM_CHANGED else settings)))
         layers.dictionary(sub._modules)
         for tensors in (sub._parameters, sub._buffers):
             for key, tensor in layers.dictionary(tensors):
                 if tensor is not None:
                     frozen.append((key, id(tensor), *layers.weight(tensor)))
+    for kind in {cls: None for item in settings.objects for cls in type(item).__mro__}:
+        if not is_library(kind.__module__) and not _is_attached(kind):
+            frozen.append((kind, _freeze_class(kind, settings)))
     return Known(module, Settings(tuple(frozen)), settings, layers)
 
 
+def _freeze_class(cls: type, read: Reading) -> object:
+    """The class attributes, and what its functions hold."""
+    return tuple((name, _held(value, 2, read)) for name, value in read.dictionary(vars(cls)) if _is_own(name, value))
+
+
+def _is_own(name: str, value: object) -> bool:
+    return callable(value) or not name.startswith(("__", "_abc_"))
+
+
+def _is_attached(cls: type) -> bool:
+    """True for the subclass that `attach` makes: it comes and goes, and a graph does not depend on it."""
+    return _MARK in vars(cls)
+
+
+def _held(value: Any, depth: int, read: Reading) -> object:
+    """What code holds: of a library's object no more than which one it is, for a scheduler counts its steps."""
+    if isinstance(value, _READ) or not is_library(type(value).__module__):
+        return _freeze(value, depth, read)
+    return Same(value)
+
+
 def _freeze(value: Any, depth: int, read: Reading) -> object:
-    if isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device)):
+    if isinstance(value, _PLAIN):
         return (type(value), value)
     if isinstance(value, torch.Tensor):
         version = read.tensor(value)
@@ -182,6 +219,10 @@ def _freeze(value: Any, depth: int, read: Reading) -> object:
         return tuple(sorted(map(str, value)))
     if isinstance(value, functools.partial):
         return tuple(_freeze(item, depth - 1, read) for item in (value.func, value.args, value.keywords))
+    if isinstance(value, types.FunctionType):
+        return (Same(value), *(_held(item, depth - 1, read) for item in read.function(value)))
+    if isinstance(value, types.MethodType):
+        return (_freeze(value.__func__, depth, read), _held(value.__self__, depth - 1, read))
     if callable(value) and hasattr(value, "__code__"):
         return Same(value)
     if not isinstance(getattr(value, "__dict__", None), dict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from deepcache_fx.capture import CAPTURE_LOCK
 from deepcache_fx.compile import pick_backend
 from deepcache_fx.config import Options
 from deepcache_fx.fingerprint import Fingerprint
-from deepcache_fx.side_effects import SideEffects
+from deepcache_fx.side_effects import SideEffects, Watched
 from passes.weight_layout import WeightLayout
 
 
@@ -32,11 +32,15 @@ class ModelState:
 
         `thorough` at the start of a run; within one settings alone are looked at, not PyTorch's own layers and weights.
         """
-        if not thorough:  # as at most calls
-            last = self._fingerprint.last
-            if last is not None and last.module is module and last.settings_read.holds_settings():
-                return last.settings
-        elif self.are_moved(device):
+        last = self._fingerprint.last
+        if not thorough and last is not None and last.module is module and last.settings_read.holds_settings():
+            settings: Hashable = last.settings  # as at most calls
+        else:
+            settings = self._settings(module, device, thorough)
+        return (settings, self._effects.doubts) if self._effects.doubts else settings
+
+    def _settings(self, module: torch.nn.Module, device: torch.device, thorough: bool) -> Hashable:
+        if thorough and self.are_moved(device):
             self.layout.renew(module)
         known = self._fingerprint.known(module, thorough=thorough)
         if known is not None:
@@ -50,15 +54,14 @@ class ModelState:
             return self._fingerprint.read(module)
 
     @contextmanager
-    def watching(self, module: torch.nn.Module) -> Iterator[None]:
+    def watching(self, module: torch.nn.Module, also: Iterable[object] = ()) -> Iterator[Watched]:
         """Raise an Uncapturable where a graph of the module would leave out something that its forward does.
 
-        The block captures the module, whose settings have just been read.
+        The block captures the module, whose settings have just been read, and says so (`Watched.captured`). `also` are
+        functions and objects that forward is given as arguments.
         """
-        objects = self._fingerprint.objects()
-        self._effects.check(module, objects)
-        with self._effects.watching(objects):
-            yield
+        with self._effects.watching(module, self._fingerprint.objects(), also) as watched:
+            yield watched
 
     def are_moved(self, device: torch.device) -> bool:
         """True where programs are compiled for a device on which it matters how weights lie."""

@@ -404,8 +404,9 @@ class Runtime:
         started = time.perf_counter()
         try:
             refuse_layerwise_offload(module)
-            with self.model_state.watching(module):
+            with self.model_state.watching(module) as watched:
                 captured = capture(module, call, self.reader, self.model_class)
+                watched.captured(captured.graph)
             to_lay_out = ToLayOut(self.model_state.layout, module, in_use=bool(self._entries))
             entry = assemble(
                 captured,

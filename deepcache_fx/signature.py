@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from deepcache_fx.deferred import plain_type
-from deepcache_fx.errors import DeepCacheError
+from deepcache_fx.errors import DeepCacheError, FakeTensorError
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any]
 """Arguments of a UNet call, by name or by position."""
@@ -76,6 +77,7 @@ class CallReader:
 
         Raises:
             TypeError: the arguments do not fit `forward`, as Python would say.
+            FakeTensorError: one of them has no values, and nobody is tracing.
             UnsupportedInput: an argument cannot be part of a key, or the first one is no tensor.
         """
         if (len(args), *kwargs) in self._fitting:
@@ -170,7 +172,10 @@ def _describe(value: Any, tensors: list[torch.Tensor]) -> Hashable:
         return None
     if isinstance(value, torch.Tensor):
         tensors.append(value)
-        return (plain_type(value), value.shape, value.stride(), value.dtype, value.device)
+        kind = type(value)
+        if kind is not torch.Tensor:
+            kind = _unusual(value)
+        return (kind, value.shape, value.stride(), value.dtype, value.device)
     if isinstance(value, dict):
         return ("dict", tuple((k, _describe(value[k], tensors)) for k in sorted(value, key=str)))
     if isinstance(value, (tuple, list)):
@@ -180,6 +185,19 @@ def _describe(value: Any, tensors: list[torch.Tensor]) -> Hashable:
     except TypeError:
         raise UnsupportedInput(f"{type(value).__name__} {value!r:.80} is neither a tensor nor hashable") from None
     return (type(value), value)
+
+
+def _unusual(tensor: torch.Tensor) -> type[torch.Tensor]:
+    """The class of a tensor that is no plain one (see `plain_type`)."""
+    if isinstance(tensor, FakeTensor):
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            raise UnsupportedInput("called with FakeTensors, under a FakeTensorMode")
+        raise FakeTensorError(
+            f"a FakeTensor came in, of shape {tuple(tensor.shape)}: it has no values. torch.export or torch.compile "
+            "traced a model, and that kept it in a variable, an attribute or a list that was read since: look where "
+            "the pipeline takes this argument from. No capture of deepcache_fx leaves any behind"
+        )
+    return plain_type(tensor)
 
 
 def _replace(value: Any, tensors: Any) -> Any:

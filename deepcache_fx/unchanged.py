@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import attrgetter, eq, is_
 from typing import Any
@@ -17,6 +18,17 @@ _STANDARD = tuple(torch.nn.Module().__dict__)
 """The attributes that every module has, and has first."""
 
 _PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
+
+_EMPTY = object()
+
+_defaults = attrgetter("__defaults__", "__kwdefaults__")
+
+
+def _contents(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _EMPTY  # empty
 
 
 class Reading:
@@ -43,6 +55,10 @@ class Reading:
         self._sets: list[tuple[set[Any], frozenset[Any]]] = []
         self._tensors: list[torch.Tensor] = []
         self._versions: list[int] = []
+        self._cells: list[types.CellType] = []
+        self._held: list[object] = []
+        self._functions: list[types.FunctionType] = []
+        self._defaults: list[object] = []
         self._weights: list[torch.Tensor] = []
         self._kinds: list[object] = []
         self._strides: list[object] = []
@@ -63,7 +79,7 @@ class Reading:
         self._values += values
         return items
 
-    def dictionary(self, value: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    def dictionary(self, value: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
         """What a dictionary holds."""
         items = list(value.items())
         if items:
@@ -92,6 +108,16 @@ class Reading:
         items = frozenset(value)
         self._sets.append((value, items))
         return items
+
+    def function(self, value: types.FunctionType) -> list[object]:
+        """What a function's closure holds, and its defaults."""
+        cells = value.__closure__ or ()
+        held = [*map(_contents, cells)]
+        self._cells += cells
+        self._held += held
+        self._functions.append(value)
+        self._defaults += _defaults(value)
+        return [*held, *(value.__defaults__ or ()), value.__kwdefaults__]
 
     def tensor(self, value: torch.Tensor) -> int | None:
         """How often a tensor has been written into, where that is counted."""
@@ -140,6 +166,7 @@ class Reading:
                 and not any(self._empty)
                 and [*map(_version, self._tensors)] == self._versions
                 and (not self._sets or self._are_sets_same())
+                and (not self._functions or self._are_functions_same())
             )
         except (RuntimeError, TypeError, ValueError):  # a dictionary is changing its size; arrays compare as arrays
             return False
@@ -151,7 +178,12 @@ class Reading:
             and not any(self._empty)
             and self._are_sets_same()
             and [*map(_version, self._tensors)] == self._versions
+            and self._are_functions_same()
         )
+
+    def _are_functions_same(self) -> bool:
+        defaults = chain.from_iterable(map(_defaults, self._functions))
+        return all(map(is_, map(_contents, self._cells), self._held)) and all(map(is_, defaults, self._defaults))
 
     def _are_sets_same(self) -> bool:
         return all(value == items for value, items in self._sets)
