@@ -35,6 +35,7 @@ def optimize(
     cuda_graphs: bool | Literal["auto"] = "auto",
     forecast: int = DEFAULT_FORECAST,
     max_captures: int = 8,
+    ignore: Sequence[str] | str = (),
     example_inputs: ExampleInputs | None = None,
 ) -> T:
     """Make a UNet cache its deep feature from step to step (DeepCache, arXiv 2312.00858), as two static graphs.
@@ -64,6 +65,9 @@ def optimize(
             1 is linear, 2 quadratic, and 0 repeats the last one, which is published DeepCache bit for bit. Keeps that
             many more refreshes. Take 0 for LCM and other few-step samplers that draw new noise at every step.
         max_captures: How many signatures are kept; the least recently used goes first.
+        ignore: Arguments that never matter to the result, by name, or by a dotted path where an argument is a
+            dictionary: "transformer_options.uuids". Another value there is no new capture: the graph goes on with what
+            it was captured with. Tensors there are inputs as ever.
         example_inputs: Arguments of a UNet call, by name or position: capture now instead of at the first call.
 
     Returns:
@@ -92,6 +96,7 @@ def optimize(
         cuda_graphs=cuda_graphs,
         forecast=forecast,
         max_captures=max_captures,
+        ignore=ignore,
     )
     module, pipeline = _resolve(target)
     check_attachable(module)

@@ -209,7 +209,7 @@ class Companion:
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> CompanionEntry:
         started = time.perf_counter()
-        refuse_layerwise_offload(module)
+        refuse_layerwise_offload(module, call.sample.device)
         with self.model_state.watching(module):
             captured = capture(module, call, self.reader, self.model_class)
         entry = assemble_companion(captured, call, self._options, self._recorders)

@@ -103,7 +103,7 @@ class Runtime:
     def __init__(self, model_class: type[torch.nn.Module], options: Options) -> None:
         self.model_class = model_class
         self.options = options
-        self.reader = CallReader(model_class.forward)
+        self.reader = CallReader(model_class.forward, options.ignore)
         self.counts = Counts()
         self.device: torch.device | None = None
         self.on_first_failure: Callable[[torch.nn.Module], object] = lambda module: None
@@ -341,7 +341,7 @@ class Runtime:
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
         try:
-            refuse_layerwise_offload(module)
+            refuse_layerwise_offload(module, call.sample.device)
             with self.model_state.watching(module):
                 captured = capture(module, call, self.reader, self.model_class)
             to_lay_out = ToLayOut(self.model_state.layout, module, in_use=bool(self._entries))
