@@ -6,7 +6,7 @@ import functools
 import inspect
 import keyword
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -50,13 +50,13 @@ class Call:
 
     def objects(self) -> list[object]:
         """The functions and other objects among the arguments: a graph bakes in what they are and hold."""
-        found = (value for _, value in leaves(self.arguments))
-        return [value for value in found if type(value) not in PLAIN and not isinstance(value, _VALUES)]
+        found = self._leaves(".")
+        return [value for _, value in found if type(value) not in PLAIN and not isinstance(value, _VALUES)]
 
     def tensor_names(self) -> list[str]:
         """A name for each of `tensors`, after the way to it, that Python can read: added_cond_kwargs_text_embeds."""
         names: dict[str, None] = {}
-        for path, value in leaves(self.arguments, joint="_"):
+        for path, value in self._leaves("_"):
             if isinstance(value, torch.Tensor):
                 name = re.sub(r"\W", "_", path)
                 name = f"_{name}" if keyword.iskeyword(name) or name[0].isdigit() else name
@@ -64,6 +64,10 @@ class Call:
                     name += "_"
                 names[name] = None
         return list(names)
+
+    def _leaves(self, joint: str) -> Iterator[tuple[str, Any]]:
+        for name, value in self.arguments.items():
+            yield from leaves(value, name, joint=joint)
 
 
 class CallReader:
