@@ -88,7 +88,8 @@ def capture(
         try:
             program = torch.export.export(_Original(module, forward), (), named, strict=False)
             if left:
-                reason = f"{model_class.__name__} leaves a tensor in its argument ({left[0]}), which a graph would not"
+                place = ".".join(part for part in left[0].split(".") if not part.isdigit())  # a list may grow
+                reason = f"{model_class.__name__} leaves a tensor in its argument ({place}), which a graph would not"
                 reader.refuse(call, reason)
                 raise Uncapturable(reason)
             if not _is_functional(program.graph):

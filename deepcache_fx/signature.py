@@ -30,7 +30,7 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "noise_labels", "sigma")
 _MISSING = inspect.Parameter.empty
 _VALUES = (torch.Tensor, int, float, complex, str, bytes, Enum, type)
 """Types whose instances hold nothing (see also `constants.PLAIN`)."""
-_REFUSALS_KEPT = 64
+_MOST_REFUSED = 4
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,20 @@ class CallReader:
         given = arguments[self.timestep_name] if self.timestep_name is not None else None
         prompt = tuple([i for i, t in enumerate(tensors) if t.ndim < 4 and t is not sample and t is not given])
         ambient = _ambient(sample.device.type)
-        if self._refused and (key, ambient) in self._refused:
-            raise UnsupportedInput(self._refused[key, ambient])
+        if self._refused:
+            self._check_refused((key, ambient))
         return Call(arguments, tuple(tensors), (key, ambient), timestep, sample, prompt)
 
     def refuse(self, call: Call, reason: str) -> None:
-        """Have every call like this one be an UnsupportedInput from now on."""
-        if len(self._refused) >= _REFUSALS_KEPT:
-            self._refused.clear()
+        """Have every call like this one be an UnsupportedInput from now on; after many such, every call."""
         self._refused[call.key] = reason
+
+    def _check_refused(self, key: Hashable) -> None:
+        reason = self._refused.get(key)
+        if reason is None and len(self._refused) >= _MOST_REFUSED:
+            reason = next(iter(self._refused.values()))  # their keys grow, as a list that forward appends to
+        if reason is not None:
+            raise UnsupportedInput(reason)
 
     def _key(self, arguments: Mapping[str, Any], tensors: list[torch.Tensor], module: torch.nn.Module) -> Hashable:
         if not self._ignored:

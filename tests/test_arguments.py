@@ -190,7 +190,7 @@ def test_a_model_that_leaves_a_tensor_in_its_arguments_runs_uncached() -> None:
 
     unet, given = Leaves(), options()
     deepcache_fx.optimize(unet, backend="eager")
-    with pytest.warns(UserWarning, match=r"leaves a tensor in its argument \(transformer_options.kept.0\)"):
+    with pytest.warns(UserWarning, match=r"leaves a tensor in its argument \(transformer_options\.kept\)"):
         denoise(unet, lambda step: {**options(), "kept": []}, steps=3)
     assert deepcache_fx.report(unet).original_calls == 3
     denoise(unet, lambda step: given, steps=2)
