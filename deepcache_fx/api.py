@@ -36,6 +36,7 @@ def optimize(
     forecast: int = DEFAULT_FORECAST,
     max_captures: int = 8,
     on_failure: Literal["raise", "uncached"] = "raise",
+    ignore: Sequence[str] | str = (),
     example_inputs: ExampleInputs | None = None,
 ) -> T:
     """Make a UNet cache its deep feature from step to step (DeepCache, arXiv 2312.00858), as two static graphs.
@@ -68,6 +69,9 @@ def optimize(
         on_failure: What happens to calls for which there can be no programs (`torch.export` cannot follow the model,
             it has no such skip connection, a pass failed): "raise", or "uncached": the model runs as it is, with one
             warning, and `report` says why.
+        ignore: Arguments that never matter to the result, by name, or by a dotted path where an argument is a
+            dictionary: "transformer_options.uuids". Another value there is no new capture: the graph goes on with what
+            it was captured with. Tensors there are inputs as ever.
         example_inputs: Arguments of a UNet call, by name or position: capture now instead of at the first call.
 
     Returns:
@@ -97,6 +101,7 @@ def optimize(
         forecast=forecast,
         max_captures=max_captures,
         on_failure=on_failure,
+        ignore=ignore,
     )
     module, pipeline = _resolve(target)
     check_attachable(module)

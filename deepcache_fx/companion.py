@@ -209,8 +209,8 @@ class Companion:
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> CompanionEntry:
         started = time.perf_counter()
-        refuse_layerwise_offload(module)
-        with self.model_state.watching(module) as watched:
+        refuse_layerwise_offload(module, call.sample.device)
+        with self.model_state.watching(module, call.objects()) as watched:
             captured = capture(module, call, self.reader, self.model_class)
             watched.captured(captured.graph)
         entry = assemble_companion(captured, call, self._options, self._recorders)

@@ -29,6 +29,7 @@ class Options:
     forecast: int = DEFAULT_FORECAST
     max_captures: int = 8
     on_failure: Literal["raise", "uncached"] = "raise"
+    ignore: tuple[str, ...] = ()
 
     def uses(self, name: str) -> bool:
         """False where `disable` leaves out the default pass, or the rate, of this name."""
@@ -55,6 +56,7 @@ class Options:
         forecast: int = DEFAULT_FORECAST,
         max_captures: int = 8,
         on_failure: Literal["raise", "uncached"] = "raise",
+        ignore: Sequence[str] | str = (),
     ) -> Options:
         """Validate the keyword arguments of `optimize`.
 
@@ -88,4 +90,15 @@ class Options:
             forecast=forecast,
             max_captures=max_captures,
             on_failure=on_failure,
+            ignore=_check_ignore(ignore),
         )
+
+
+def _check_ignore(ignore: object) -> tuple[str, ...]:
+    paths = (ignore,) if isinstance(ignore, str) else ignore
+    if not isinstance(paths, (list, tuple, set, frozenset)):
+        raise OptionError(f"ignore must be names of arguments, or dotted paths into them, got {ignore!r}")
+    for path in paths:
+        if not isinstance(path, str) or not all(path.split(".")):
+            raise OptionError(f"ignore takes names of arguments, or dotted paths such as 'options.uuids', got {path!r}")
+    return tuple(sorted(set(paths)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deepcache_fx.identity import Same as Same
 from deepcache_fx.reached_code import is_library
 from deepcache_fx.unchanged import Reading
 
@@ -67,21 +68,6 @@ class Settings:
         return self is other or (
             isinstance(other, Settings) and self._hash == other._hash and self._parts == other._parts
         )
-
-
-class Same:
-    """Equal for the same object alone, which it keeps alive: an address may be given to another one."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: object) -> None:
-        self._value = value
-
-    def __hash__(self) -> int:
-        return id(self._value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self._value is other._value
 
 
 def fingerprint(module: torch.nn.Module) -> Settings:

@@ -116,7 +116,7 @@ class Runtime:
         self.model_class = model_class
         self.options = options
         self._names_branches = type(options.schedule).branch_at is not Schedule.branch_at
-        self.reader = CallReader(model_class.forward)
+        self.reader = CallReader(model_class.forward, options.ignore)
         self.counts = Counts()
         self.device: torch.device | None = None
         self.on_first_failure: Callable[[torch.nn.Module], object] = lambda module: None
@@ -403,8 +403,8 @@ class Runtime:
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
         try:
-            refuse_layerwise_offload(module)
-            with self.model_state.watching(module) as watched:
+            refuse_layerwise_offload(module, call.sample.device)
+            with self.model_state.watching(module, call.objects()) as watched:
                 captured = capture(module, call, self.reader, self.model_class)
                 watched.captured(captured.graph)
             to_lay_out = ToLayOut(self.model_state.layout, module, in_use=bool(self._entries))
