@@ -16,6 +16,7 @@ from torch import fx
 from deepcache_fx.deferred import computed
 from deepcache_fx.errors import CaptureError, DeepCacheError
 from deepcache_fx.signature import Call, CallReader
+from deepcache_fx.weights import hold_own_weights, let_go_of_weights
 
 CAPTURE_LOCK = threading.RLock()
 """`torch.export` is not thread-safe: captures and compilations happen under this lock."""
@@ -94,6 +95,8 @@ def capture(
     assert isinstance(graph_module, fx.GraphModule)
     out_spec = graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     flat = _flatten_border(graph_module, len(call.tensors))
+    hold_own_weights(flat, module)
+    let_go_of_weights(flat)
     return Captured(flat, out_spec)
 
 

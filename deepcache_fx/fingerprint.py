@@ -1,4 +1,4 @@
-"""What a captured graph bakes in beyond its inputs: the model's structure and its Python-level settings."""
+"""What a captured graph bakes in beyond its inputs: the model's structure and settings. And the weights it reads."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import functools
 import types
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from itertools import count
+from operator import is_
 from typing import Any
 
 import torch
 
 from deepcache_fx.unchanged import Reading
+from deepcache_fx.weights import inner_names
 
 NOT_STATE = frozenset(
     {
@@ -41,8 +44,11 @@ _SELDOM_CHANGED = frozenset({"_forward_hooks", "_forward_pre_hooks", "_internal_
 _DEPTH = 4
 
 
-class Settings:
-    """What a model's graph depends on. Compared in full: the hashes of -1 and -2 are equal."""
+class Structure:
+    """What a model's graph depends on. Compared in full: the hashes of -1 and -2 are equal.
+
+    Of a weight that is its kind (type, dtype, device, shape, strides), and which of the names share one tensor.
+    """
 
     __slots__ = ("_hash", "_parts")
 
@@ -54,8 +60,16 @@ class Settings:
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
-            isinstance(other, Settings) and self._hash == other._hash and self._parts == other._parts
+            isinstance(other, Structure) and self._hash == other._hash and self._parts == other._parts
         )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The structure of a model, and a number that stands for the very weights it has: others make another number."""
+
+    structure: Structure
+    weights: int
 
 
 class Same:
@@ -73,13 +87,17 @@ class Same:
         return isinstance(other, Same) and self._value is other._value
 
 
-def fingerprint(module: torch.nn.Module) -> Settings:
-    """Equal for equal structure, settings and parameter objects; in-place changes of values leave it as it is.
+_numbers = count()
 
-    Seen: submodules added, replaced or removed, parameters replaced, and every plain value in an instance attribute:
-    training mode, LoRA scales and active adapters, IP-Adapter scale, attention processors, FreeU factors.
+
+def fingerprint(module: torch.nn.Module) -> Structure:
+    """Equal for equal structure, settings and kinds of weights, whatever values those have and which objects they are.
+
+    Seen: submodules added, replaced or removed, weights of another kind, weights that share one tensor where they did
+    not or the reverse, and every plain value in an instance attribute: training mode, LoRA scales and active adapters,
+    IP-Adapter scale, attention processors, FreeU factors.
     """
-    return _read(module).settings
+    return _read(module).settings.structure
 
 
 class Fingerprint:
@@ -93,7 +111,7 @@ class Fingerprint:
         self._known: _Model | None = None
 
     def known(self, module: torch.nn.Module, *, thorough: bool) -> Settings | None:
-        """The fingerprint, where nothing has changed; None where something has.
+        """The settings, where nothing has changed; None where something has.
 
         Without `thorough` settings alone are compared: not structure, weights, hooks and PyTorch's own layers.
         """
@@ -109,12 +127,25 @@ class Fingerprint:
         return [*known.settings_read.objects, *known.layers_read.objects] if known is not None else []
 
     def read(self, module: torch.nn.Module) -> Settings:
-        """The fingerprint as of now."""
+        """The settings as of now."""
         before, now = self._known, _read(module)
-        if before is not None and now.settings == before.settings:
-            now = replace(now, settings=before.settings)  # the same object: then every look-up is quick
+        if before is not None and now.settings.structure == before.settings.structure:
+            structure = before.settings.structure  # the same object: then every look-up is quick
+            settings = replace(now.settings, structure=structure)
+            if all(map(is_, now.weights, before.weights)):
+                settings = before.settings
+            now = replace(now, settings=settings)
         self._known = now
         return now.settings
+
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """Every parameter and buffer, as last read, each once; behind a wrapper what it wraps. Places are structure."""
+        return self._known.weights if self._known is not None else ()
+
+    def renumber(self) -> None:
+        """Take the weights, though they are the same objects, for others from now on."""
+        if self._known is not None:
+            self._known = replace(self._known, settings=replace(self._known.settings, weights=next(_numbers)))
 
     def expire(self) -> None:
         """Have it read again at the next look, whether or not anything has changed."""
@@ -131,11 +162,14 @@ class _Model:
     settings: Settings
     settings_read: Reading
     layers_read: Reading
+    weights: tuple[torch.Tensor, ...]
 
 
 def _read(module: torch.nn.Module) -> _Model:
     settings, layers = Reading(), Reading()
     frozen: list[object] = []
+    weights: list[torch.Tensor] = []
+    places: dict[int, int] = {}
     for name, sub in module.named_modules():
         frozen.append(name)
         if name:  # of the whole the class may be our own subclass
@@ -150,8 +184,26 @@ def _read(module: torch.nn.Module) -> _Model:
         for tensors in (sub._parameters, sub._buffers):
             for key, tensor in layers.dictionary(tensors):
                 if tensor is not None:
-                    frozen.append((key, id(tensor), *layers.weight(tensor)))
-    return _Model(module, Settings(tuple(frozen)), settings, layers)
+                    frozen += (key, _read_weight(tensor, layers, weights, places))
+    numbered = Settings(Structure(tuple(frozen)), next(_numbers))
+    return _Model(module, numbered, settings, layers, tuple(weights))
+
+
+def _read_weight(
+    tensor: torch.Tensor, read: Reading, weights: list[torch.Tensor], places: dict[int, int]
+) -> tuple[object, ...]:
+    """What a graph bakes in of a weight: its place among the `weights`, and its kind where it has none there yet."""
+    place = places.setdefault(id(tensor), len(weights))
+    if place < len(weights):
+        return (place,)
+    weights.append(tensor)
+    kind = (place, type(tensor), *read.weight(tensor))
+    names = inner_names(tensor)
+    if not names:
+        return kind
+    inner = [read.inner(tensor, name) for name in names]
+    about = _freeze(tensor.__tensor_flatten__()[1], _DEPTH, Reading())  # type: ignore[attr-defined]
+    return (*kind, *names, about, *(_read_weight(item, read, weights, places) for item in inner))
 
 
 def _freeze(value: Any, depth: int, read: Reading) -> object:

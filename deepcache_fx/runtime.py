@@ -17,12 +17,13 @@ import torch
 from deepcache_fx.assemble import Entry, ToLayOut, assemble
 from deepcache_fx.branch import Branch
 from deepcache_fx.capture import capture, refuse_layerwise_offload
-from deepcache_fx.captures import find_or_make
+from deepcache_fx.captures import find_or_make, is_at_hand
 from deepcache_fx.compile import pick_backend
 from deepcache_fx.config import Options
 from deepcache_fx.cuda_graphs import Recorder
 from deepcache_fx.deferred import all_computed, computed
 from deepcache_fx.errors import DeepCacheError, ScheduleError, Uncapturable
+from deepcache_fx.fingerprint import Settings
 from deepcache_fx.listing import Listings
 from deepcache_fx.model_state import ModelState
 from deepcache_fx.pairing import Coming, Expectation, Handed, Pairing, pair
@@ -73,7 +74,7 @@ class ThreadState(threading.local):
         self.prompts: dict[tuple[str, int], PromptValues] = {}
         self.trace: list[str] = []
         self.answer: tuple[int, int | None, tuple[bool, Branch | None]] | None = None
-        self.settings: Hashable = None
+        self.settings: Settings | None = None
         self.expected = Expectation()
         self.last_heard = 0
 
@@ -117,6 +118,7 @@ class Runtime:
         """Take over the programs of a runtime whose options differ in the schedule alone."""
         self._entries, self.recorders, self.model_state = before._entries, before.recorders, before.model_state
         self.counts.captures, self.device = before.counts.captures, before.device
+        self.counts.rebound = before.counts.rebound
 
     # What schedulers announce.
 
@@ -320,12 +322,12 @@ class Runtime:
         """Capture and split for calls like this one, ahead of the first."""
         return self._entry(module, call, self._look(module, call))[1]
 
-    def _look(self, module: torch.nn.Module, call: Call) -> Hashable:
+    def _look(self, module: torch.nn.Module, call: Call) -> Settings:
         return self.model_state.settings(module, call.sample.device, thorough=True)
 
-    def _entry(self, module: torch.nn.Module, call: Call, settings: Hashable) -> tuple[Hashable, Entry]:
+    def _entry(self, module: torch.nn.Module, call: Call, settings: Settings | None) -> tuple[Settings, Entry]:
         """The programs for calls like this one, captured now if there are none yet; and their settings."""
-        if (settings, call.key) not in self._entries:
+        if not is_at_hand(self._entries, settings, call.key):
             computed(call.tensors)  # now: what computes them may wait for a thread that waits to capture
         return find_or_make(
             self._entries,
@@ -333,10 +335,14 @@ class Runtime:
             call.key,
             look=functools.partial(self._look, module, call),
             make=functools.partial(self._make_entry, module, call),
-            keep_only=self.model_state.keep_only,
+            model_state=self.model_state,
             module=module,
             limit=self.options.max_captures,
+            rebound=self._count_rebound,
         )
+
+    def _count_rebound(self) -> None:
+        self.counts.rebound += 1
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
@@ -399,6 +405,7 @@ class Runtime:
             schedule=str(self.options.schedule),
             backend=backend if isinstance(backend, str) else getattr(backend, "__name__", repr(backend)),
             captures=counts.captures,
+            rebound=counts.rebound,
             full_calls=counts.full,
             shallow_calls=counts.shallow,
             calls_by_branch=dict(sorted(counts.by_cut.items())),

@@ -42,6 +42,7 @@ class Reading:
         self._weights: list[torch.Tensor] = []
         self._kinds: list[object] = []
         self._strides: list[object] = []
+        self._inner: list[tuple[torch.Tensor, str, object]] = []
 
     def attributes(self, owner: object) -> list[tuple[str, Any]]:
         """The instance attributes of an object."""
@@ -102,6 +103,12 @@ class Reading:
         self._strides.append(stride)
         return (*kind, stride)
 
+    def inner(self, owner: torch.Tensor, name: str) -> Any:
+        """A tensor that another one wraps: `swap_tensors`, as `Module.to` does it, leaves the outer one the same."""
+        value = getattr(owner, name)
+        self._inner.append((owner, name, value))
+        return value
+
     def holds(self, *, thorough: bool = True) -> bool:
         """True where nothing of it has changed; without `thorough`, of objects no more than their own attributes."""
         try:
@@ -130,4 +137,5 @@ class Reading:
             and [*chain.from_iterable(found)] == self._names
             and all(map(eq, map(_kind, self._weights), self._kinds))
             and all(map(eq, map(torch.Tensor.stride, self._weights), self._strides))
+            and all(getattr(owner, name, None) is value for owner, name, value in self._inner)
         )
