@@ -17,6 +17,7 @@ from deepcache_fx.containers import tensors_left
 from deepcache_fx.deferred import computed
 from deepcache_fx.errors import CaptureError, DeepCacheError, Uncapturable
 from deepcache_fx.signature import Call, CallReader
+from deepcache_fx.weights import hold_own_weights, let_go_of_weights
 
 CAPTURE_LOCK = threading.RLock()
 """`torch.export` is not thread-safe: captures and compilations happen under this lock."""
@@ -126,6 +127,8 @@ def capture(
     assert isinstance(graph_module, fx.GraphModule)
     out_spec = graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     flat = _flatten_border(graph_module, len(call.tensors))
+    hold_own_weights(flat, module)
+    let_go_of_weights(flat)
     return Captured(flat, out_spec)
 
 

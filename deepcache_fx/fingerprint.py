@@ -1,11 +1,14 @@
-"""What a captured graph bakes in beyond its inputs: the model's structure and its Python-level settings."""
+"""What a captured graph bakes in beyond its inputs: the model's structure and settings. And the weights it reads."""
 
 from __future__ import annotations
 
 import functools
 import types
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from itertools import count
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ import torch
 from deepcache_fx.identity import Same as Same
 from deepcache_fx.reached_code import is_library
 from deepcache_fx.unchanged import Reading
+from deepcache_fx.weights import inner_names
 
 NOT_STATE = frozenset(
     {
@@ -53,8 +57,11 @@ _MARK = "_deepcache_fx"
 _DEPTH = 4
 
 
-class Settings:
-    """What a model's graph depends on. Compared in full: the hashes of -1 and -2 are equal."""
+class Structure:
+    """What a model's graph depends on. Compared in full: the hashes of -1 and -2 are equal.
+
+    Of a weight that is its kind (type, dtype, device, shape, strides), and which of the names share one tensor.
+    """
 
     __slots__ = ("_hash", "_parts")
 
@@ -66,18 +73,30 @@ class Settings:
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
-            isinstance(other, Settings) and self._hash == other._hash and self._parts == other._parts
+            isinstance(other, Structure) and self._hash == other._hash and self._parts == other._parts
         )
 
 
-def fingerprint(module: torch.nn.Module) -> Settings:
-    """Equal for equal structure, settings and parameter objects; in-place changes of values leave it as it is.
+@dataclass(frozen=True)
+class Settings:
+    """The structure of a model, and a number that stands for the very weights it has: others make another number."""
 
-    Seen: submodules added, replaced or removed, parameters replaced, and every plain value in an instance attribute:
-    training mode, LoRA scales and active adapters, IP-Adapter scale, attention processors, FreeU factors. So is what
-    functions held there have in their closures and defaults, and what classes hold that are no library's.
+    structure: Hashable
+    weights: int
+
+
+_numbers = count()
+
+
+def fingerprint(module: torch.nn.Module) -> Hashable:
+    """Equal for equal structure, settings and kinds of weights, whatever values those have and which objects they are.
+
+    Seen: submodules added, replaced or removed, weights of another kind, weights that share one tensor where they did
+    not or the reverse, and every plain value in an instance attribute: training mode, LoRA scales and active adapters,
+    IP-Adapter scale, attention processors, FreeU factors. So is what functions held there have in their closures and
+    defaults, and what classes hold that are no library's.
     """
-    return _read(module).settings
+    return _read(module).settings.structure
 
 
 class Fingerprint:
@@ -91,7 +110,7 @@ class Fingerprint:
         self.last: Known | None = None
 
     def known(self, module: torch.nn.Module, *, thorough: bool) -> Settings | None:
-        """The fingerprint, where nothing has changed; None where something has.
+        """The settings, where nothing has changed; None where something has.
 
         Without `thorough` settings alone are compared: not structure, weights, hooks and PyTorch's own layers.
         """
@@ -110,12 +129,25 @@ class Fingerprint:
         return [*known.settings_read.objects, *known.layers_read.objects] if known is not None else []
 
     def read(self, module: torch.nn.Module) -> Settings:
-        """The fingerprint as of now."""
+        """The settings as of now."""
         before, now = self.last, _read(module)
-        if before is not None and now.settings == before.settings:
-            now = replace(now, settings=before.settings)  # the same object: then every look-up is quick
+        if before is not None and now.settings.structure == before.settings.structure:
+            structure = before.settings.structure  # the same object: then every look-up is quick
+            settings = replace(now.settings, structure=structure)
+            if all(map(is_, now.weights, before.weights)):
+                settings = before.settings
+            now = replace(now, settings=settings)
         self.last = now
         return now.settings
+
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """Every parameter and buffer, as last read, each once; behind a wrapper what it wraps. Places are structure."""
+        return self.last.weights if self.last is not None else ()
+
+    def renumber(self) -> None:
+        """Take the weights, though they are the same objects, for others from now on."""
+        if self.last is not None:
+            self.last = replace(self.last, settings=replace(self.last.settings, weights=next(_numbers)))
 
     def expire(self) -> None:
         """Have it read again at the next look, whether or not anything has changed."""
@@ -132,11 +164,14 @@ class Known:
     settings: Settings
     settings_read: Reading
     layers_read: Reading
+    weights: tuple[torch.Tensor, ...]
 
 
 def _read(module: torch.nn.Module) -> Known:
     settings, layers = Reading(), Reading()
     frozen: list[object] = []
+    weights: list[torch.Tensor] = []
+    places: dict[int, int] = {}
     for name, sub in module.named_modules():
         frozen.append(name)
         if name:  # of the whole the class may be our own subclass
@@ -152,11 +187,29 @@ def _read(module: torch.nn.Module) -> Known:
         for tensors in (sub._parameters, sub._buffers):
             for key, tensor in layers.dictionary(tensors):
                 if tensor is not None:
-                    frozen.append((key, id(tensor), *layers.weight(tensor)))
+                    frozen += (key, _read_weight(tensor, layers, weights, places))
     for kind in {cls: None for item in settings.objects for cls in type(item).__mro__}:
         if not is_library(kind.__module__) and not _is_attached(kind):
             frozen.append((kind, _freeze_class(kind, settings)))
-    return Known(module, Settings(tuple(frozen)), settings, layers)
+    numbered = Settings(Structure(tuple(frozen)), next(_numbers))
+    return Known(module, numbered, settings, layers, tuple(weights))
+
+
+def _read_weight(
+    tensor: torch.Tensor, read: Reading, weights: list[torch.Tensor], places: dict[int, int]
+) -> tuple[object, ...]:
+    """What a graph bakes in of a weight: its place among the `weights`, and its kind where it has none there yet."""
+    place = places.setdefault(id(tensor), len(weights))
+    if place < len(weights):
+        return (place,)
+    weights.append(tensor)
+    kind = (place, type(tensor), *read.weight(tensor))
+    names = inner_names(tensor)
+    if not names:
+        return kind
+    inner = [read.inner(tensor, name) for name in names]
+    about = _freeze(tensor.__tensor_flatten__()[1], _DEPTH, Reading())  # type: ignore[attr-defined]
+    return (*kind, *names, about, *(_read_weight(item, read, weights, places) for item in inner))
 
 
 def _freeze_class(cls: type, read: Reading) -> object:

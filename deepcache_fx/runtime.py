@@ -17,13 +17,14 @@ import torch
 from deepcache_fx.assemble import Entry, ToLayOut, assemble
 from deepcache_fx.branch import Branch
 from deepcache_fx.capture import capture, refuse_layerwise_offload
-from deepcache_fx.captures import find_or_make
+from deepcache_fx.captures import find_or_make, is_at_hand
 from deepcache_fx.compile import pick_backend
 from deepcache_fx.config import Options
 from deepcache_fx.cuda_graphs import Recorder
 from deepcache_fx.decision import StepDecision, decide
 from deepcache_fx.deferred import all_computed, computed
 from deepcache_fx.errors import DeepCacheError, ScheduleError, Uncapturable
+from deepcache_fx.fingerprint import Settings
 from deepcache_fx.listing import Listings
 from deepcache_fx.model_state import ModelState
 from deepcache_fx.pairing import Coming, Expectation, Handed, pair
@@ -78,7 +79,7 @@ _observation = functools.partial(tuple.__new__, Observation)
 class _Known:
     """The entry of a thread's last call, and what it was found by."""
 
-    settings: Hashable
+    settings: Settings
     call: Hashable
     generation: int
     entry: Entry
@@ -134,6 +135,7 @@ class Runtime:
         """Take over the programs of a runtime whose options differ in the schedule alone."""
         self._entries, self.recorders, self.model_state = before._entries, before.recorders, before.model_state
         self.counts.captures, self.device = before.counts.captures, before.device
+        self.counts.rebound = before.counts.rebound
 
     # What schedulers announce.
 
@@ -352,7 +354,7 @@ class Runtime:
         """Capture and split for calls like this one, ahead of the first."""
         return self._find_or_make(module, call, self._look(module, call))[1]
 
-    def _look(self, module: torch.nn.Module, call: Call) -> Hashable:
+    def _look(self, module: torch.nn.Module, call: Call) -> Settings:
         return self.model_state.settings(module, call.sample.device, thorough=True)
 
     def _entry(self, state: ThreadState, module: torch.nn.Module, call: Call, *, begins_run: bool) -> Entry:
@@ -369,15 +371,15 @@ class Runtime:
             known = state.known = _Known(settings, call.key, self._generation, entry)
         return known.entry
 
-    def _find_or_make(self, module: torch.nn.Module, call: Call, settings: Hashable) -> tuple[Hashable, Entry]:
+    def _find_or_make(self, module: torch.nn.Module, call: Call, settings: Settings) -> tuple[Settings, Entry]:
         """The programs for calls like this one, captured now if there are none yet; and their settings.
 
         Raises:
             Uncapturable: there can be none, and such calls are to run uncached.
         """
-        if (settings, call.key) not in self._entries:
-            if self._failures and (settings, call.key) in self._failures:
-                raise Uncapturable(self._failures[settings, call.key])
+        if not is_at_hand(self._entries, settings, call.key):
+            if self._failures and (settings.structure, call.key) in self._failures:
+                raise Uncapturable(self._failures[settings.structure, call.key])
             computed(call.tensors)  # now: what computes them may wait for a thread that waits to capture
         try:
             return find_or_make(
@@ -386,9 +388,10 @@ class Runtime:
                 call.key,
                 look=functools.partial(self._look, module, call),
                 make=functools.partial(self._make_entry, module, call),
-                keep_only=self.model_state.keep_only,
+                model_state=self.model_state,
                 module=module,
                 limit=self.options.max_captures,
+                rebound=self._count_rebound,
             )
         except Uncapturable:
             raise
@@ -397,8 +400,11 @@ class Runtime:
                 raise
             if len(self._failures) >= _FAILURES_KEPT:
                 self._failures.clear()
-            self._failures[settings, call.key] = str(error)
+            self._failures[settings.structure, call.key] = str(error)
             raise Uncapturable(str(error)) from error
+
+    def _count_rebound(self) -> None:
+        self.counts.rebound += 1
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
@@ -463,6 +469,7 @@ class Runtime:
             schedule=str(self.options.schedule),
             backend=backend if isinstance(backend, str) else getattr(backend, "__name__", repr(backend)),
             captures=counts.captures,
+            rebound=counts.rebound,
             full_calls=counts.full,
             shallow_calls=counts.shallow,
             calls_by_branch=dict(sorted(counts.by_cut.items())),

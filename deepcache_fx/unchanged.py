@@ -62,6 +62,7 @@ class Reading:
         self._weights: list[torch.Tensor] = []
         self._kinds: list[object] = []
         self._strides: list[object] = []
+        self._inner: list[tuple[torch.Tensor, str, object]] = []
 
     def attributes(self, owner: object) -> list[tuple[str, Any]]:
         """The instance attributes of an object."""
@@ -135,6 +136,12 @@ class Reading:
         self._strides.append(stride)
         return (*kind, stride)
 
+    def inner(self, owner: torch.Tensor, name: str) -> Any:
+        """A tensor that another one wraps: `swap_tensors`, as `Module.to` does it, leaves the outer one the same."""
+        value = getattr(owner, name)
+        self._inner.append((owner, name, value))
+        return value
+
     def holds(self) -> bool:
         """True where nothing of it has changed."""
         try:
@@ -179,6 +186,7 @@ class Reading:
             and self._are_sets_same()
             and [*map(_version, self._tensors)] == self._versions
             and self._are_functions_same()
+            and all(getattr(owner, name, None) is value for owner, name, value in self._inner)
         )
 
     def _are_functions_same(self) -> bool:

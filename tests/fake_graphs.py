@@ -99,6 +99,7 @@ class FakeGraph:
     def reset(self) -> None:
         self.recorder.check()
         self.alive = False
+        self.calls, self.outside = [], {}
 
 
 class FakeRecorder:

@@ -21,6 +21,10 @@ from tests.compvis import CompVisUNet, denoise
 from tests.oracles import TO_THE_BIT
 
 
+class Own(nn.Parameter):
+    pass
+
+
 class Processor:
     def __init__(self) -> None:
         self.scale = [1.0, 2.0]
@@ -30,10 +34,12 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(2, 2)
+        self.twin = nn.Linear(2, 2)
         self.block = nn.ModuleDict({"a": nn.Conv2d(1, 1, 1)})
         self.scaling = {"default": 0.5}
         self.processor = Processor()
         self.register_buffer("table", torch.zeros(3))
+        self.register_buffer("other", torch.zeros(3), persistent=False)
 
 
 def scaled(model: Model, scale: float) -> Model:
@@ -89,12 +95,16 @@ CHANGES: dict[str, Callable[[Model], object]] = {
     "a new attribute": lambda m: setattr(m, "s1", 0.9),
     "a patched layer's forward": lambda m: setattr(m.layer, "forward", lambda x: x),
     "a diffusers configuration": lambda m: setattr(m, "_internal_dict", {"center_input_sample": True}),
-    "a replaced layer": lambda m: setattr(m, "layer", nn.Linear(2, 2)),
+    "a replaced layer": lambda m: setattr(m, "layer", nn.Linear(2, 2, bias=False)),
     "an added layer": lambda m: m.block.update({"b": nn.Identity()}),
     "a removed layer": lambda m: m.block.pop("a"),
-    "a replaced parameter": lambda m: setattr(m.layer, "weight", nn.Parameter(torch.zeros(2, 2))),
+    "a parameter of another shape": lambda m: setattr(m.layer, "weight", nn.Parameter(torch.zeros(3, 2))),
+    "a parameter of other strides": lambda m: setattr(m.layer, "weight", nn.Parameter(torch.zeros(2, 2).t())),
+    "a parameter of a class of its own": lambda m: setattr(m.layer, "weight", Own(torch.zeros(2, 2))),
     "another type": lambda m: m.half(),
-    "a replaced buffer": lambda m: setattr(m, "table", torch.ones(3)),
+    "a buffer of another type": lambda m: setattr(m, "table", torch.ones(3, dtype=torch.int64)),
+    "two names of one parameter": lambda m: setattr(m.twin, "weight", m.layer.weight),
+    "two names of one buffer": lambda m: setattr(m, "other", m.table),
 }
 
 
@@ -103,14 +113,47 @@ def test_is_seen(change: str) -> None:
     """Also by what is kept, which must not be taken to hold, and then reads what a new reading would."""
     model, kept = Model(), Fingerprint()
     before = fingerprint(model)
-    assert fingerprint(model) == before == kept.read(model)
+    assert fingerprint(model) == before == kept.read(model).structure
     assert kept.known(model, thorough=True) is kept.read(model)
     alive = [model.layer, model.processor, model.table, *model.parameters()]
     CHANGES[change](model)
     assert fingerprint(model) != before, alive
     assert kept.known(model, thorough=True) is None
-    assert kept.read(model) == fingerprint(model)
+    assert kept.read(model).structure == fingerprint(model)
     assert kept.known(model, thorough=True) is not None
+
+
+REPLACED: dict[str, Callable[[Model], object]] = {
+    "a parameter": lambda m: setattr(m.layer, "weight", nn.Parameter(torch.zeros(2, 2))),
+    "a parameter that is trained": lambda m: setattr(m.layer, "bias", nn.Parameter(torch.ones(2), requires_grad=False)),
+    "a buffer": lambda m: setattr(m, "table", torch.ones(3)),
+    "a buffer that is not stored": lambda m: setattr(m, "other", torch.ones(3)),
+    "a layer": lambda m: setattr(m, "layer", nn.Linear(2, 2)),
+    "all": lambda m: m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True),
+}
+
+
+@pytest.mark.parametrize("change", REPLACED)
+def test_other_weights_of_the_same_kind_are_the_same_structure_and_other_settings(change: str) -> None:
+    model, kept = Model(), Fingerprint()
+    before, old = kept.read(model), kept.weights()
+    REPLACED[change](model)
+    assert kept.known(model, thorough=True) is None
+    after, new = kept.read(model), kept.weights()
+    assert after != before
+    assert after.structure is before.structure
+    names = [*dict(model.named_parameters()).values(), *dict(model.named_buffers()).values()]
+    assert {id(tensor) for tensor in new} == {id(tensor) for tensor in names}
+    assert [one.shape for one in new] == [one.shape for one in old]
+    assert kept.known(model, thorough=True) is after is kept.read(model)
+
+
+def test_weights_that_are_numbered_anew_are_other_settings() -> None:
+    model, kept = Model(), Fingerprint()
+    before = kept.read(model)
+    kept.renumber()
+    assert kept.known(model, thorough=True) != before
+    assert kept.read(model).structure is before.structure
 
 
 SETTINGS = {

@@ -222,14 +222,24 @@ def test_whatever_happens_to_the_weights_within_a_run_is_seen_by_the_next_step(s
     assert deepcache_fx.report(unet).captures == 1
 
 
-@pytest.mark.parametrize("change", [_assigned, _one_layer_replaced])
-def test_replaced_weights_are_laid_out_anew(change: Callable[[CompVisUNet], None], recording: bool) -> None:
+@torch.no_grad()
+def _one_weight_replaced(unet: CompVisUNet) -> None:
+    layer = projections(unet)[1]
+    layer.weight = torch.nn.Parameter(layer.weight * 1.3)
+
+
+@pytest.mark.parametrize("change", [_assigned, _one_layer_replaced, _one_weight_replaced])
+def test_replaced_weights_are_laid_out_as_those_before(change: Callable[[CompVisUNet], None], recording: bool) -> None:
     unet, other = fused(), plain()
     denoise(unet, TIMESTEPS[:2])
+    before = list(unet.parameters())
     change(unet), change(other)
     for _ in range(2):
         assert close(denoise(unet, TIMESTEPS[:5]), denoise(other, TIMESTEPS[:5]))
-    assert deepcache_fx.report(unet).captures == 2
+    assert deepcache_fx.report(unet).captures == 1
+    assert lie_together([layer.weight for layer in _in_order(unet)])
+    kept = set(map(id, unet.parameters()))
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in before if id(p) not in kept)
     assert lie_together([layer.weight for layer in _in_order(unet)])
     deepcache_fx.restore(unet)
     assert own_memory(unet)
