@@ -85,15 +85,14 @@ def find_or_make(
     if settings is None or entry is None or entry.weights != settings.weights:
         dropped: list[E] = []
         try:
-            with CAPTURE_LOCK:
+            with CAPTURE_LOCK, sources_forgotten():
                 settings = look()
                 if _bind_all(entries, settings, model_state, module, dropped):
                     rebound()
                 key = (settings.structure, call)
                 entry = entries.get(key)  # another thread may have been first
                 if entry is None:
-                    with sources_forgotten():
-                        entry = make()
+                    entry = make()
                     entry.binding = Binding(entry.graphs(), model_state.weights())
                     entry.weights = settings.weights
                     entries[key] = entry

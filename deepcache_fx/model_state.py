@@ -62,12 +62,10 @@ class ModelState:
     def _look_at_values(self, device: torch.device) -> None:
         """Where programs may hold copies of values, take weights that have been written into for others."""
         self._copied = copies_weights(self._options, device)
-        if self._copied:
+        if self._copied and stamps(self._fingerprint.weights()) != self._values:
             with CAPTURE_LOCK:
-                before = self._values
                 self.note_values()
-                if self._values != before:
-                    self._fingerprint.renumber()
+                self._fingerprint.renumber()
 
     def note_values(self) -> None:
         """Take the values that the weights have now for those that programs were made with."""

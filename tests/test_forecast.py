@@ -32,7 +32,7 @@ TIMESTEPS = torch.arange(950, -1, -50)
 def test_a_polynomial_of_the_degree_is_met_exactly(
     steps: list[int], ahead: int, polynomial: list[float], order: int
 ) -> None:
-    refreshes = sorted(steps, reverse=True)
+    refreshes = tuple(sorted(steps, reverse=True))
     degree = min(order, len(refreshes) - 1)
 
     def value(step: int) -> float:
@@ -46,9 +46,9 @@ def test_a_polynomial_of_the_degree_is_met_exactly(
 
 
 def test_until_there_are_enough_refreshes_the_degree_is_lower() -> None:
-    assert coefficients(2, [0], 2) == (1.0, 0.0, 0.0)
-    assert coefficients(5, [3, 0], 2) == (pytest.approx(5 / 3), pytest.approx(-2 / 3), 0.0)
-    assert sum(coefficients(8, [6, 3, 0], 2)) == pytest.approx(1)
+    assert coefficients(2, (0,), 2) == (1.0, 0.0, 0.0)
+    assert coefficients(5, (3, 0), 2) == (pytest.approx(5 / 3), pytest.approx(-2 / 3), 0.0)
+    assert sum(coefficients(8, (6, 3, 0), 2)) == pytest.approx(1)
 
 
 class ForecastOracle(CatOracle):

@@ -175,7 +175,7 @@ def _assigned(unet: CompVisUNet) -> None:
 
 def _one_layer_replaced(unet: CompVisUNet) -> None:
     torch.manual_seed(7)
-    unet.middle_block[0].emb_layers[1] = torch.nn.Linear(32, 16)
+    unet.middle_block[0].emb_layers[1] = torch.nn.Linear(32, 16).eval()
 
 
 @torch.no_grad()

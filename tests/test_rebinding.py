@@ -20,6 +20,8 @@ from deepcache_fx.assemble import Entry
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
 from tests.oracles import REPEATING, TO_THE_BIT, CatOracle, agree
+from tests.pipelines import one_controlnet
+from tests.test_pipelines import expected as wanted
 
 TIMESTEPS = torch.arange(950, 700, -50)
 FULL = {0, 3}
@@ -56,7 +58,7 @@ def optimized(unet: nn.Module | None = None, **options: Any) -> Any:
     return deepcache_fx.optimize(unet or Scaled(), interval=3, branch=1, **{**TO_THE_BIT, **options})
 
 
-def counts(unet: nn.Module) -> tuple[int, int]:
+def counts(unet: Any) -> tuple[int, int]:
     report = deepcache_fx.report(unet)
     return report.captures, report.rebound
 
@@ -386,6 +388,34 @@ def test_what_a_pass_of_the_users_took_from_weights_is_taken_anew(recording: dic
         for _ in range(2):
             assert agree(denoise(unet, TIMESTEPS), oracle(unet), REPEATING)
     assert counts(unet) == (1, 3)
+
+
+# A ControlNet.
+
+
+def put(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+    for name, parameter in weights.items():
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], parameter)
+
+
+@pytest.mark.parametrize("options", [TO_THE_BIT, REPEATING], ids=["bit", "default"])
+def test_a_controlnet_goes_on_with_other_weights(recording: dict[str, Any], options: dict[str, Any]) -> None:
+    case = one_controlnet()
+    run, network = case.runs[0], case.pipe.controlnet
+    states = [dict(network.named_parameters())]
+    states.append({name: nn.Parameter(other(value)) for name, value in states[0].items()})
+    expected = []
+    for state in states:
+        put(network, state)
+        expected.append(wanted(case, run))
+    deepcache_fx.optimize(case.pipe, 3, **options, **recording)
+    for number in (0, 1, 0, 0, 1):
+        put(network, states[number])
+        assert agree(case(run), expected[number], options)
+    [companion] = deepcache_fx.report(case.pipe).companions
+    assert (companion.captures, companion.rebound, companion.original_calls) == (1, 3, 0)
+    assert companion.shallow_calls > 0
+    assert counts(case.pipe) == (1, 0)
 
 
 # Failures and threads.
