@@ -1,21 +1,38 @@
-"""Shared set-up: one thread a worker, quiet libraries, GPU tests skipped where there is no GPU."""
+"""Shared set-up: one thread a worker, quiet libraries, slow modules first, GPU tests skipped where there is no GPU."""
 
 from __future__ import annotations
 
+import logging
 import os
 
 import diffusers
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
+from deepcache_fx.loading import IMPORTED_UNUSED
+
+for name in IMPORTED_UNUSED:
+    logging.getLogger(name).setLevel(logging.ERROR)
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
+# Few examples, the same ones every time; `make test-all` asks for the other profile.
+settings.register_profile("quick", deadline=None, derandomize=True)
+settings.register_profile("thorough", deadline=None)
+settings.load_profile("quick")
+
+SLOWEST_FIRST = ()
+"""Modules by the seconds of their tests, slowest first; others follow in their own order. Workers steal from each
+other's ends: what is short must lie there."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     if torch.cuda.is_available():
         return
     for item in items:

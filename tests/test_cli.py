@@ -91,8 +91,7 @@ def test_a_run_of_its_own_with_interval_one_finds_no_difference_to_speak_of(mode
     command = [sys.executable, "-m", "deepcache_fx.cli", "compare", "--model", model, "--prompt", "a cat"]
     command += ["--interval", "1", "--scheduler", "euler", "--out", "one.png", "--json", "one.json", *QUICK]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    noise = ("torchao", "register_constant")  # what torchao says when it is imported, where it is installed
-    assert [line for line in done.stderr.splitlines() if not any(word in line for word in noise)] == []
+    assert done.stderr == ""  # nothing of the libraries that diffusers imports where they are installed, either
     assert done.returncode == 0
     assert "the shallow variant never ran" in done.stdout
     assert "EulerDiscreteScheduler" in done.stdout

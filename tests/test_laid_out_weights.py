@@ -20,6 +20,7 @@ from passes.weight_layout import lie_together
 from tests import models
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
+from tests.families import family, thorough
 from tests.graphs import error
 
 TIMESTEPS = torch.arange(950, -1, -50)
@@ -204,7 +205,7 @@ def test_whatever_happens_to_the_weights_between_runs_is_seen_by_the_next(record
     assert own_memory(unet)
 
 
-@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("step", family([2, 3], 2))
 def test_whatever_happens_to_the_weights_within_a_run_is_seen_by_the_next_step(step: int, recording: bool) -> None:
     """Step 2 is shallow, step 3 full."""
     unet, other = fused(), plain()
@@ -401,7 +402,7 @@ def test_an_adapter_loaded_fused_safely_and_unloaded_is_seen(unet: UNet2DConditi
     assert own_memory(unet)
 
 
-@pytest.mark.slow
+@thorough
 def test_inductor_reads_laid_out_weights(unet: UNet2DConditionModel) -> None:
     expected = steps(plain(copy.deepcopy(unet), branch=0))
     fused(unet, branch=0, backend="inductor")

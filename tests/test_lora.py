@@ -53,7 +53,6 @@ def both(pipe: Any, folder: Path) -> None:
     pipe.set_adapters(["a", "b"], [0.5, 2.0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_two_weighted_adapters_before_optimize(pipe: Any, adapters: Path, fused: bool) -> None:
     plain = oracle(pipe.unet)
@@ -88,7 +87,6 @@ def set_weights(pipe: Any) -> None:
     pipe.set_adapters(["a", "b"], [0.5, 2.0])
 
 
-@pytest.mark.slow
 def test_after_every_change_the_output_is_right_and_recaptures_are_counted(pipe: Any, adapters: Path) -> None:
     """What was there before is found again, and values that change in place need no capture."""
     with deepcache_fx.optimized(pipe.unet, interval=3, **REPEATING):
@@ -102,7 +100,6 @@ def test_after_every_change_the_output_is_right_and_recaptures_are_counted(pipe:
             assert deepcache_fx.report(pipe.unet).captures - before == recaptures, name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("prepared", [True, False])
 def test_an_adapter_swapped_while_hot_is_seen_and_prepared_for_it_only_a_new_scale_is_captured(
     pipe: Any, adapters: Path, prepared: bool

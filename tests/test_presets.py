@@ -107,7 +107,6 @@ GUIDED = {
 """The last: which part of the shallow steps of branch 0 depends on the cached feature alone."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", GUIDED)
 def test_stable_diffusion_costs_what_is_known_to_a_tenth_of_a_gigamac(name: str) -> None:
     full, shallow, hoisted = GUIDED[name]
@@ -129,7 +128,6 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_papers_models_cost_what_the_paper_prints_within_two_per_cent(name: str) -> None:
     full, branch, num_steps, means = PUBLISHED[name]
@@ -145,7 +143,6 @@ def test_church_and_bedroom_are_one_network() -> None:
     assert preset("ddpm-bedroom").config == preset("ddpm-church").config
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layers"), [("sdxl-refiner", [3, 3, 3, 3]), ("svd", [3, 3, 3, 3])])
 def test_the_larger_presets_can_be_planned(name: str, layers: list[int]) -> None:
     branches = planned(name).branches

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
@@ -18,6 +18,7 @@ from passes import run_passes
 from passes.match import ancestors, is_op
 from passes.rates import Extracted, Partition, also_return, extract, partition
 from passes.split_over_cat import SplitOverCat
+from tests.families import examples
 from tests.graphs import GraphBuilder, captured, captured_unet, check_metadata, error, targets
 
 aten = torch.ops.aten
@@ -313,7 +314,7 @@ def programs(draw: st.DrawFn) -> tuple[GraphBuilder, fx.Node, fx.GraphModule]:
     return b, deep, gm
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(programs(), st.booleans())
 def test_two_stages_compute_what_one_graph_does(
     program: tuple[GraphBuilder, fx.Node, fx.GraphModule], held: bool
@@ -329,7 +330,7 @@ def test_two_stages_compute_what_one_graph_does(
     assert {node for node in result.slow if node.target in work} <= set(result.moved)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(programs())
 def test_no_other_choice_holds_fewer_bytes(program: tuple[GraphBuilder, fx.Node, fx.GraphModule]) -> None:
     _, deep, gm = program
