@@ -1,9 +1,8 @@
-"""Shared set-up: one thread a worker, quiet libraries, slow modules first, GPU tests skipped where there is no GPU."""
+"""Shared set-up: one thread a process, quiet libraries, slow modules first, GPU tests skipped where there is no GPU."""
 
 from __future__ import annotations
 
 import logging
-import os
 
 import diffusers
 import pytest
@@ -18,7 +17,7 @@ for name in IMPORTED_UNUSED:
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # all tensors are tiny: a second thread is waited for, on a busy machine for long
 
 # Few examples, the same ones every time; `make test-all` asks for the other profile.
 settings.register_profile("quick", deadline=None, derandomize=True)
