@@ -24,9 +24,27 @@ settings.register_profile("quick", deadline=None, derandomize=True)
 settings.register_profile("thorough", deadline=None)
 settings.load_profile("quick")
 
-SLOWEST_FIRST = ()
-"""Modules by the seconds of their tests, slowest first; others follow in their own order. Workers steal from each
-other's ends: what is short must lie there."""
+SLOWEST_FIRST = (
+    "test_compile",
+    "test_oracle",
+    "test_kernels",
+    "test_presets",
+    "test_stacking",
+    "test_pipelines",
+    "test_reliability",
+    "test_companion",
+    "test_benchmarks",
+    "test_calibrate",
+    "test_lora",
+    "test_nested",
+    "test_laid_out_weights",
+    "test_fidelity",
+    "test_follow",
+    "test_pass_orders",
+    "test_unets",
+)
+"""Modules with the longest tests; the others follow in their own order. An idle worker takes tests from the end of
+another's list, so nothing long may lie there."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.conftest import SLOWEST_FIRST
 from tests.families import examples, family
 
 MAKEFILE = Path(__file__).parents[1] / "Makefile"
@@ -54,3 +55,7 @@ def test_every_test_is_run_by_a_target_and_properties_by_two(gpu: bool, hypothes
         assert targets == {"test", "test-all"}
     else:
         assert targets == {"test-all" if thorough else "test"}
+
+
+def test_modules_that_come_first_are_there() -> None:
+    assert set(SLOWEST_FIRST) <= {path.stem for path in Path(__file__).parent.rglob("test_*.py")}

@@ -18,7 +18,7 @@ from passes import run_passes
 from passes.match import ancestors, is_op
 from passes.rates import Extracted, Partition, also_return, extract, partition
 from passes.split_over_cat import SplitOverCat
-from tests.families import examples
+from tests.families import examples, thorough
 from tests.graphs import GraphBuilder, captured, captured_unet, check_metadata, error, targets
 
 aten = torch.ops.aten
@@ -391,6 +391,7 @@ def test_the_refresh_stage_of_a_unet_is_what_the_deep_feature_alone_decides(inde
     assert sum(is_op(node, aten.conv2d.default) for node in result.moved) == 2
 
 
+@thorough
 @pytest.mark.parametrize(("name", "shallow", "saved"), [("sd15", 63.252, 0.1326), ("sdxl", 98.078, 0.3421)])
 def test_hoisting_saves_the_published_share_of_a_shallow_step(name: str, shallow: float, saved: float) -> None:
     """Branch 0 runs the outermost layers alone: without most of its inner ones, a UNet has the same shallow step."""

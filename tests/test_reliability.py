@@ -551,6 +551,7 @@ def test_9_a_setting_that_changes_within_a_run_shows_at_the_next_step(what: str)
     assert deepcache_fx.report(case.pipe).captures == 2
 
 
+@thorough
 def test_9_lora_is_seen_at_every_turn_and_recaptures_are_counted() -> None:
     """Add, scale, a second adapter, both, fuse, unfuse, remove: each equals a plain UNet that was changed alike."""
     peft = pytest.importorskip("peft")
@@ -849,6 +850,7 @@ def test_an_empty_batch_gives_what_the_model_gives() -> None:
 # Load.
 
 
+@thorough
 def test_signatures_that_keep_changing_are_bounded_and_what_is_dropped_is_freed() -> None:
     """Round after round of sizes, with room for fewer."""
     unet = optimized(max_captures=2)
