@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 import deepcache_fx
 from tests import models
-from tests.families import family
+from tests.families import family, thorough
 from tests.oracles import REPEATING, TO_THE_BIT, specified
 from tests.test_stacking import check_cached, check_works, difference, make_unet, oracle
 
@@ -88,6 +88,7 @@ def set_weights(pipe: Any) -> None:
     pipe.set_adapters(["a", "b"], [0.5, 2.0])
 
 
+@thorough
 def test_after_every_change_the_output_is_right_and_recaptures_are_counted(pipe: Any, adapters: Path) -> None:
     """What was there before is found again, and values that change in place need no capture."""
     with deepcache_fx.optimized(pipe.unet, interval=3, **REPEATING):

@@ -24,7 +24,7 @@ from deepcache_fx import (
 from tests import compvis, models
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
-from tests.families import family
+from tests.families import family, thorough
 from tests.oracles import TO_THE_BIT, joins_channels
 from tests.pipelines import one_controlnet
 
@@ -233,6 +233,7 @@ def test_a_calibrated_schedule_is_checked_wherever_it_stands() -> None:
             deepcache_fx.report(unet)
 
 
+@thorough
 def test_compiled_programs_that_are_not_recorded_follow_too_also_after_a_reset_of_the_compiler() -> None:
     schedule = Nested(4, {1: 2})
     expected = denoise(optimized(1, schedule, backend="eager"), TIMESTEPS[:9])

@@ -483,6 +483,7 @@ KNOWN = {"freeu off", "weights loaded", "single precision"}
 """Changes that lead to a graph that is there already: no new capture."""
 
 
+@thorough
 def test_9_settings_of_the_model_are_not_baked_in_for_good() -> None:
     """One optimised UNet through all changes; each equals a plain one that was changed alike."""
     pipe, plain = (

@@ -166,7 +166,6 @@ def test_a_loras_scale_that_is_given_with_the_call() -> None:
         assert all(torch.equal(call(scale), wanted) for scale, wanted in zip(scales, expected, strict=True))
 
 
-@thorough
 def test_a_lora_loaded_and_fused_and_unloaded_after_optimize() -> None:
     unet = make_unet()
     plain = oracle(unet)
