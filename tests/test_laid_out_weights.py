@@ -37,7 +37,7 @@ def on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_format, "DEVICE_TYPES", ("cpu",))
 
 
-@pytest.fixture(params=[False, True], ids=["called", "recorded"])
+@pytest.fixture(params=family([False, True], True), ids=["called", "recorded"])
 def recording(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param:
         monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", FakeRecorder)
@@ -223,7 +223,7 @@ def test_whatever_happens_to_the_weights_within_a_run_is_seen_by_the_next_step(s
     assert deepcache_fx.report(unet).captures == 1
 
 
-@pytest.mark.parametrize("change", [_assigned, _one_layer_replaced])
+@pytest.mark.parametrize("change", family([_assigned, _one_layer_replaced], _assigned))
 def test_replaced_weights_are_laid_out_anew(change: Callable[[CompVisUNet], None], recording: bool) -> None:
     unet, other = fused(), plain()
     denoise(unet, TIMESTEPS[:2])
