@@ -35,6 +35,7 @@ from benchmarks.fidelity.targets import targets
 from benchmarks.report import is_results
 from deepcache_fx.loading import LoadError
 from tests import models, small
+from tests.families import family
 
 CASE = Case("tiny", "0", "ddim", 6, 4, 0, 0, "float32", "cpu", "uncached", 1)
 FACTS = {"commit": "abc", "device_name": "a test", "date": "2026-01-01", "command": "pytest", "judge": "A judge"}
@@ -260,7 +261,7 @@ def test_caching_nothing_gives_the_same_images(sweep: Sweep) -> None:
     assert scores.identical == 1.0 or (scores.psnr or 0.0) > 100.0, "to rounding: exact passes may reorder sums"
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "ddim"])
+@pytest.mark.parametrize("sampler", family([name for name in SAMPLERS if name != "ddim"], "pndm"))
 def test_every_other_sampler_samples(sampler: str, sweep: Sweep) -> None:
     chosen = [case(arm, n, sampler=sampler, images=2) for arm, n in (("uncached", 1), ("repeat", 2))]
     sweep.run(chosen)
@@ -304,7 +305,7 @@ def test_a_calibrated_schedule_is_asked_for_the_cost_of_the_uniform_one(
     assert asked["prompts"][:2] == ["a t-shirt", "a trouser"]
 
 
-@pytest.mark.parametrize("branch", [0, 1, 3])
+@pytest.mark.parametrize("branch", family([0, 1, 3], 1))
 def test_the_negative_control_hides_what_is_deeper_than_the_branch(branch: int, model: Model) -> None:
     unet = model.pipe.unet
     setting = Setting(model, case("zeroed", 2, branch=branch), model.cost(branch))

@@ -162,6 +162,7 @@ SETTINGS = {
     "a processor's list",
     "another processor",
     "a new attribute",
+    "training mode",
     "a diffusers configuration",  # where there was none
 }
 

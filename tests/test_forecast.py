@@ -18,11 +18,13 @@ from deepcache_fx.forecast import coefficients
 from tests import models, small
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
+from tests.families import examples
 from tests.oracles import TO_THE_BIT, CatOracle, published
 
 TIMESTEPS = torch.arange(950, -1, -50)
 
 
+@examples(30)
 @given(
     st.lists(st.integers(0, 60), min_size=1, max_size=3, unique=True),
     st.integers(1, 30),

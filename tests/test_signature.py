@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deepcache_fx.signature import CallReader, UnsupportedInput
+from tests.families import examples
 
 
 class Shut:
@@ -150,6 +151,7 @@ def bind(function: Any, *call: Any) -> tuple[inspect.BoundArguments | None, str]
         return None, str(error)
 
 
+@examples(30)
 @given(st.integers(0, 7), st.sets(st.sampled_from(NAMES)))
 def test_the_quick_way_to_bind_arguments_agrees_with_pythons(positional: int, keywords: set[str]) -> None:
     class Plain(nn.Module):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepcache_fx.steps import MAX_CALLS_PER_STEP, MAX_VIEWS_PER_STEP, StepTracker, Tick, position_of, value_position
+from tests.families import examples
 
 
 def feed(tracker: StepTracker, timesteps: list[torch.Tensor], samples: list[object] | None = None) -> list[Tick]:
@@ -226,6 +227,7 @@ def test_a_timestep_that_never_changes_holds_a_bounded_number_of_calls() -> None
     assert max(t.call for t in ticks) == MAX_CALLS_PER_STEP - 1
 
 
+@examples(30)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.data())
 def test_after_any_history_an_announced_run_counts_from_zero(lengths: list[int], data: st.DataObject) -> None:
     tracker = StepTracker()
