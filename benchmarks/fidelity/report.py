@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.fidelity.arms import all_arms
-from benchmarks.fidelity.cases import SAMPLERS, Case, Row, is_rows_file, read_rows
+from benchmarks.fidelity.cases import Case, Row, is_rows_file, read_rows
 from benchmarks.fidelity.plots import draw, sheet
+from benchmarks.fidelity.samplers import SAMPLERS, title
 from benchmarks.fidelity.targets import CONTROL, PUBLISHED, find, psnr, targets
 from deepcache_fx.errors import DeepCacheError
 
@@ -99,7 +100,7 @@ def grouped(rows: Sequence[Row]) -> dict[Case, list[Row]]:
 
 
 def heading(group: Case) -> str:
-    sampler = SAMPLERS.get(group.sampler, group.sampler)
+    sampler = title(group.sampler)
     return f"{group.model}, {sampler} {group.steps} steps, {group.images} images, branch {group.branch}"
 
 
@@ -158,7 +159,7 @@ def summary(groups: Mapping[Case, Sequence[Row]]) -> str:
             gains = ", ".join("-" if one is None or ours is None else f"{ours - one:+.1f}" for one in others)
             cells.append("" if ours is None else f"{ours:.1f} ({gains})")
         if any(cells):
-            sampler = SAMPLERS.get(group.sampler, group.sampler)
+            sampler = title(group.sampler)
             lines.append((group.model, sampler, str(group.steps), str(group.images), *cells))
     head = ("model", "sampler", "steps", "images", *(f"N={interval}" for interval in SUMMARY_INTERVALS))
     text = (
