@@ -138,8 +138,8 @@ class Request:
                 finished += case.images if done == case.images else 0
 
             sweep.advance = advance
+            sweep.run(*wanted)
             for cases in wanted:
-                sweep.run(cases)
                 console.print(table(file, cases))
                 for row in (file.rows[case.key] for case in cases):
                     if row.outcome is None:
