@@ -18,6 +18,8 @@ class Sampler:
     """As papers and user interfaces call it."""
     draws: bool = False
     """True where it draws new noise at (nearly) every step."""
+    consistency: bool = False
+    """True where it is made for models that go to the image in a few steps."""
     scheduler: str = ""
     """The class in diffusers, where `deepcache_fx.loading` has no short name for it."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -42,8 +44,8 @@ SAMPLERS = {
         scheduler="DPMSolverMultistepScheduler",
         settings={"algorithm_type": "sde-dpmsolver++"},
     ),
-    "lcm": Sampler("LCM", draws=True),
-    "tcd": Sampler("TCD", draws=True),
+    "lcm": Sampler("LCM", draws=True, consistency=True),
+    "tcd": Sampler("TCD", draws=True, consistency=True),
 }
 """By short names: those of `deepcache_fx.loading` where it has one."""
 
