@@ -159,11 +159,11 @@ def captures() -> Iterator[list[int]]:
 
 
 def test_cases_that_differ_in_their_schedules_alone_share_one_capture(sweep: Sweep, captures: list[int]) -> None:
-    sweep.run(cached("euler-a", "repeat", 2, 3), cached("lcm", "repeat", 2), cached("lcm", "power", 3))
+    sweep.run(cached("ddpm", "repeat", 2, 3), cached("lcm", "repeat", 2), cached("lcm", "power", 3))
     assert len(captures) == 1
     assert not hasattr(type(sweep.model.pipe.unet), "_deepcache_fx"), "nothing stays attached"
     together = {key: (row.outcome.calls, row.scores.psnr) for key, row in sweep.file.rows.items() if row.outcome}
-    for cases in (cached("euler-a", "repeat", 2, 3), cached("lcm", "repeat", 2)):
+    for cases in (cached("ddpm", "repeat", 2, 3), cached("lcm", "repeat", 2)):
         for each in cases[1:]:
             sweep.file.forget([each])
             sweep.run([each])
