@@ -129,17 +129,22 @@ def test_a_sampler_keeps_the_noise_levels_and_the_prediction_of_the_pipelines_ow
         assert config.get("algorithm_type", "") != "sde-dpmsolver++" or name == "dpm++-2m-sde"
 
 
-def test_a_sampler_whose_package_is_missing_is_named(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_whose_package_is_missing_is_absent_with_the_reason_and_the_others_are_measured(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Missing:
         @classmethod
         def from_config(cls, *args: Any, **kwargs: Any) -> None:
             raise ImportError("DPMSolverSDEScheduler requires the torchsde library")
 
     monkeypatch.setattr(diffusers, "DPMSolverSDEScheduler", Missing)
-    with pytest.raises(LoadError, match=r"sampler 'dpm\+\+-sde' cannot be used: .* torchsde"):
-        model.use_sampler("dpm++-sde")
+    sweep.run(cached("dpm++-sde", "fewer-steps", 2), cached("lcm", "fewer-steps", 2))
+    rows = sweep.file.rows.values()
+    assert {(row.case.sampler, row.status) for row in rows} == {("dpm++-sde", "absent"), ("lcm", "measured")}
+    absent = "sampler 'dpm++-sde' cannot be used: DPMSolverSDEScheduler requires the torchsde library"
+    assert all(absent in row.reason for row in rows if row.status == "absent")
     with pytest.raises(LoadError, match="scheduler 'none' is unknown"):
-        model.use_sampler("none")
+        sweep.model.use_sampler("none")
 
 
 # One capture.

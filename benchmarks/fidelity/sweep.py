@@ -137,9 +137,9 @@ class Sweep:
 
     def _row(self, case: Case, timer: CallTimer) -> Row:
         arm = self.arms[case.arm]
-        self.model.use_sampler(case.sampler)
         setting = Setting(self.model, case, self._costs[case.branch], self.work / "calibrated")
         try:
+            self.model.use_sampler(case.sampler)
             outcome = self._measure(arm, setting, timer)
         except DeepCacheError as error:
             return Row(case, "absent", describe(error), environment=self.facts)
