@@ -21,7 +21,7 @@ from benchmarks.fidelity.class_conditional import ClassConditionalPipeline, load
 from benchmarks.fidelity.judges import fashion_judge
 from benchmarks.fidelity.models import Model, UNetCost
 from benchmarks.fidelity.orders import each_kind, each_sampler, gain
-from benchmarks.fidelity.report import grouped
+from benchmarks.fidelity.report import grouped, write_report
 from benchmarks.fidelity.samplers import SAMPLERS
 from benchmarks.fidelity.sweep import Sweep
 from deepcache_fx.loading import LoadError
@@ -198,6 +198,7 @@ ROWS = [
     row("ddim", "repeat", 30.0), row("ddim", "forecast-1", 33.0), row("ddim", "forecast-2", 34.5),
     row("euler", "repeat", 30.0), row("euler", "forecast-1", 31.0), row("euler", "forecast-2", 30.5),
     row("ddpm", "repeat", 20.0), row("ddpm", "forecast-1", 19.0),
+    row("dpm++-karras", "repeat", 30.0), row("dpm++-karras", "forecast-1", 28.0),
     row("lcm", "repeat", 15.0), row("lcm", "forecast-1", 15.01), row("lcm", "forecast-2", 14.0),
 ]  # fmt: skip
 
@@ -207,6 +208,7 @@ def test_the_order_that_is_closest_is_bold_and_none_where_repeating_is() -> None
     _, lines = each_sampler(groups)
     assert [(line[1], line[2], line[5]) for line in lines] == [
         ("DDIM", "deterministic", "+3.0, **+4.5**"),
+        ("DPM++ 2M Karras", "deterministic, uneven steps", "-2.0, -"),
         ("Euler", "deterministic", "**+1.0**, +0.5"),
         ("DDPM", "draws noise", "-1.0, -"),
         ("LCM", "consistency", "+0.0, -1.0"),
@@ -215,10 +217,21 @@ def test_the_order_that_is_closest_is_bold_and_none_where_repeating_is() -> None
     assert gain(ROWS[:3], 1, 3) is None
 
 
+def test_the_report_says_which_order_is_closest(tmp_path: Path) -> None:
+    file = RowsFile(tmp_path / "results" / "fidelity-tiny.json")
+    for each in ROWS:
+        file.put(each)
+    write_report(tmp_path / "results", tmp_path / "docs", tmp_path / "work")
+    text = (tmp_path / "docs" / "fidelity.md").read_text().split("## Which order")[1]
+    assert "| tiny | DDIM | deterministic | 6 | 3 | +3.0, **+4.5** |" in text
+    assert "| draws noise | 6 | -1.0, - (0 of 1) |" in text
+
+
 def test_a_kind_of_sampler_is_judged_by_the_median_of_its_groups() -> None:
     _, lines = each_kind(grouped(ROWS))
     assert [(line[0], line[1], line[2]) for line in lines] == [
         ("consistency", "6", "+0.0, -1.0 (1 of 1)"),
         ("deterministic", "6", "+2.0, **+2.5** (2 of 2)"),
+        ("deterministic, uneven steps", "6", "-2.0, - (0 of 1)"),
         ("draws noise", "6", "-1.0, - (0 of 1)"),
     ]
