@@ -25,8 +25,8 @@ median over models and samplers, and in brackets in how many of them *forecast-1
   A forecast over the timestep in place of the number of the step does not help (*forecast-1-over-timestep*).
 - Samplers that draw noise at their steps: order 0. Order 1 is farther by 1 to 3 dB with one model and a draw with the
   other; order 2 is farther by up to 7 dB. DPM++ SDE at 50 steps, which are 99 calls of the UNet, is the exception.
-- Consistency samplers: order 0, by up to 8 dB. (TCD draws noise in the *ddpm* pipeline, which leaves eta at 0.3; that of
-  Stable Diffusion passes eta 0.)
+- Consistency samplers: order 0, by up to 8 dB. (TCD draws noise in the *ddpm* pipeline, which leaves eta at 0.3; the
+  pipeline of Stable Diffusion passes eta 0.)
 
 Where nothing is clipped (*t2i*), Euler ancestral and DDPM are one and the same sampler, with equal rows."""
 
