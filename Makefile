@@ -2,34 +2,52 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+RUNTIME := $(VENV)/.runtime
+DEV := $(VENV)/.dev
+# Compiled when imported, not when installed: most modules of torch and transformers never are.
+INSTALL := $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable
+TESTS := $(BIN)/python -m pytest --durations=10
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test test-all test-gpu check bench format clean
 .DEFAULT_GOAL := demo
 
-$(STAMP): pyproject.toml constraints.txt
+# What the package itself needs.
+$(RUNTIME): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: constraints.txt pins for it" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "installing into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) .
 	@touch $@
 
-demo: $(STAMP) ## a trained pipeline with and without caching: times, picture, report
-	$(BIN)/deepcache-fx compare --model benchmarks/models/fashion-t2i --guidance-scale 4 --out output.png
+# And what its tests, benchmarks and checks need.
+$(DEV): $(RUNTIME)
+	@echo "installing what the tests need into $(VENV)"
+	@$(INSTALL) '.[dev]'
+	@touch $@
 
-test: $(STAMP) ## the whole test suite
-	$(BIN)/python -m pytest
+demo: $(RUNTIME) ## a trained pipeline with and without caching: times, picture, report
+	@$(BIN)/deepcache-fx compare --model benchmarks/models/fashion-t2i --guidance-scale 4 --out output.png
 
-check: $(STAMP) ## lint, format, types, imports
+test: $(DEV) ## every promise, one representative of each family of tests: minutes
+	$(TESTS) -n auto --dist worksteal -m "not thorough and not gpu"
+
+test-all: $(DEV) ## the rest: the families in full, and properties with many examples
+	$(TESTS) -n auto --dist worksteal -m "(thorough or hypothesis) and not gpu" --hypothesis-profile=thorough
+
+test-gpu: $(DEV) ## the tests that need a CUDA device; without one they are skipped, and say so
+	$(TESTS) -rs -m gpu
+
+check: $(DEV) ## lint, format, types, imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 
-format: $(STAMP)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## the benchmarks that are sensible on this machine
+bench: $(DEV) ## the benchmarks that are sensible on this machine
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.speed.report
 

@@ -1,17 +1,21 @@
 """deepcache_fx: DeepCache as a graph transformation, compiled. See `optimize`."""
 
 from deepcache_fx.api import __version__ as __version__
+from deepcache_fx.api import begin as begin
+from deepcache_fx.api import condition as condition
 from deepcache_fx.api import optimize as optimize
 from deepcache_fx.api import optimized as optimized
 from deepcache_fx.api import report as report
 from deepcache_fx.api import reset as reset
 from deepcache_fx.api import restore as restore
+from deepcache_fx.api import step as step
 from deepcache_fx.calibration.calibrate import calibrate as calibrate
 from deepcache_fx.drawing.draw import draw as draw
 from deepcache_fx.errors import BranchError as BranchError
 from deepcache_fx.errors import CaptureError as CaptureError
 from deepcache_fx.errors import CompileError as CompileError
 from deepcache_fx.errors import DeepCacheError as DeepCacheError
+from deepcache_fx.errors import FakeTensorError as FakeTensorError
 from deepcache_fx.errors import OptionError as OptionError
 from deepcache_fx.errors import ScheduleError as ScheduleError
 from deepcache_fx.graph.only import Only as Only

@@ -1,15 +1,15 @@
-"""The public functions: optimize, restore, report, reset, optimized."""
+"""The public functions: optimize, restore, report, reset, optimized; begin, step and condition."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from deepcache_fx.controlnet.follow import PipelineWatch
-from deepcache_fx.errors import DeepCacheError
+from deepcache_fx.errors import DeepCacheError, OptionError
 from deepcache_fx.graph.pass_order import check_disabled
 from deepcache_fx.graph.signature import ExampleInputs, UnsupportedInput
 from deepcache_fx.options import DEFAULT_FORECAST, Options
@@ -37,6 +37,8 @@ def optimize(
     cuda_graphs: bool | Literal["auto"] = "auto",
     forecast: int = DEFAULT_FORECAST,
     max_captures: int = 8,
+    on_failure: Literal["raise", "uncached"] = "raise",
+    ignore: Sequence[str] | str = (),
     example_inputs: ExampleInputs | None = None,
 ) -> T:
     """Make a UNet cache its deep feature from step to step (DeepCache, arXiv 2312.00858), as two static graphs.
@@ -66,6 +68,12 @@ def optimize(
             1 is linear, 2 quadratic, and 0 repeats the last one, which is published DeepCache bit for bit. Keeps that
             many more refreshes. Take 0 for LCM and other few-step samplers that draw new noise at every step.
         max_captures: How many signatures are kept; the least recently used goes first.
+        on_failure: What happens to calls for which there can be no programs (`torch.export` cannot follow the model,
+            it has no such skip connection, a pass failed): "raise", or "uncached": the model runs as it is, with one
+            warning, and `report` says why.
+        ignore: Arguments that never matter to the result, by name, or by a dotted path where an argument is a
+            dictionary: "transformer_options.uuids". Another value there is no new capture: the graph goes on with what
+            it was captured with. Tensors there are inputs as ever.
         example_inputs: Arguments of a UNet call, by name or position: capture now instead of at the first call.
 
     Returns:
@@ -94,6 +102,8 @@ def optimize(
         cuda_graphs=cuda_graphs,
         forecast=forecast,
         max_captures=max_captures,
+        on_failure=on_failure,
+        ignore=ignore,
     )
     module, pipeline = _resolve(target)
     check_attachable(module)
@@ -170,6 +180,57 @@ def reset(target: object) -> None:
         DeepCacheError: the target is not optimised.
     """
     _runtime(target).reset()
+
+
+def begin(target: object, num_steps: int | None = None) -> None:
+    """Announce a run of this thread: its first denoising step begins now, and `step` ends each.
+
+    For samplers of one's own, where no diffusers scheduler tells the steps and timesteps tell them badly (second-order
+    samplers, sigmas). From here to the next run only these announcements count: all UNet calls between two `step`s
+    belong to one step, whatever their timesteps are. Schedules that depend on the number of steps take `num_steps`.
+
+    Args:
+        target: A UNet or pipeline that `optimize` was called on.
+        num_steps: How many steps the run is going to have, if known; at least 1.
+
+    Raises:
+        DeepCacheError: the target is not optimised, or `num_steps` is no positive integer.
+
+    Example:
+        >>> deepcache_fx.begin(unet, len(sigmas) - 1)
+        >>> for sigma in sigmas[:-1]:
+        ...     x = sampler_step(unet, x, sigma)  # one UNet call, or several
+        ...     deepcache_fx.step(unet)
+    """
+    if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
+        raise OptionError(f"num_steps must be an integer of at least 1, or None, got {num_steps!r}")
+    _runtime(target).run_announced(num_steps, by_caller=True)
+
+
+def step(target: object) -> None:
+    """Announce that a denoising step of the run that `begin` announced is over (see there).
+
+    Raises:
+        DeepCacheError: the target is not optimised.
+    """
+    _runtime(target).step_ended()
+
+
+def condition(target: object, key: Hashable) -> None:
+    """Say what this thread's next UNet call is conditioned on: any hashable value, equal for equal conditioning.
+
+    A cached feature belongs to what it was conditioned on. That is found out from the tensors of a call; a caller who
+    knows (by a prompt's id, say) decides with this, and spares the comparison. A key that the last full step did not
+    have makes the call full. Of several calls with one key in a step each has a feature of its own, by order.
+
+    Raises:
+        DeepCacheError: the target is not optimised, or the key cannot be hashed.
+    """
+    try:
+        hash(key)
+    except TypeError as error:
+        raise OptionError(f"a condition must be hashable, got {key!r:.80}") from error
+    _runtime(target).condition(key)
 
 
 @contextmanager

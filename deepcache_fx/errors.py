@@ -13,6 +13,10 @@ class Uncapturable(CaptureError):
     """The model does more than return a result, which a graph would not: its calls run uncached."""
 
 
+class FakeTensorError(DeepCacheError, TypeError):
+    """A tensor without values came in: something left it behind when it traced the model."""
+
+
 class BranchError(DeepCacheError, ValueError):
     """The model has no such skip connection."""
 

@@ -29,6 +29,8 @@ class Options:
     cuda_graphs: bool | Literal["auto"] = "auto"
     forecast: int = DEFAULT_FORECAST
     max_captures: int = 8
+    on_failure: Literal["raise", "uncached"] = "raise"
+    ignore: tuple[str, ...] = ()
 
     def uses(self, name: str) -> bool:
         """False where `disable` leaves out the default pass, or the rate, of this name."""
@@ -54,6 +56,8 @@ class Options:
         cuda_graphs: bool | Literal["auto"] = "auto",
         forecast: int = DEFAULT_FORECAST,
         max_captures: int = 8,
+        on_failure: Literal["raise", "uncached"] = "raise",
+        ignore: Sequence[str] | str = (),
     ) -> Options:
         """Validate the keyword arguments of `optimize`.
 
@@ -70,6 +74,8 @@ class Options:
             raise OptionError(f"forecast must be 0 (repeat the cached feature), 1 or 2, got {forecast!r}")
         if isinstance(max_captures, bool) or not isinstance(max_captures, int) or max_captures < 1:
             raise OptionError(f"max_captures must be an integer of at least 1, got {max_captures!r}")
+        if on_failure not in ("raise", "uncached"):
+            raise OptionError(f'on_failure must be "raise" or "uncached", got {on_failure!r}')
         for item in passes:
             if not callable(item):
                 raise OptionError(f"passes takes PassBase objects or functions of a GraphModule, got {item!r}")
@@ -84,4 +90,16 @@ class Options:
             cuda_graphs=cuda_graphs,
             forecast=forecast,
             max_captures=max_captures,
+            on_failure=on_failure,
+            ignore=_check_ignore(ignore),
         )
+
+
+def _check_ignore(ignore: object) -> tuple[str, ...]:
+    paths = (ignore,) if isinstance(ignore, str) else ignore
+    if not isinstance(paths, (list, tuple, set, frozenset)):
+        raise OptionError(f"ignore must be names of arguments, or dotted paths into them, got {ignore!r}")
+    for path in paths:
+        if not isinstance(path, str) or not all(path.split(".")):
+            raise OptionError(f"ignore takes names of arguments, or dotted paths such as 'options.uuids', got {path!r}")
+    return tuple(sorted(set(paths)))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from itertools import accumulate, chain
 
 import torch
@@ -36,10 +36,15 @@ class Joined:
 
     def tensor(self) -> torch.Tensor:
         """The weights end to end, as they are now. Read it and let go of it: it holds the memory of all of them."""
-        if not lie_together(self.weights):
-            return torch.cat([weight.data for weight in self.weights])
-        first = self.weights[0].data
+        weights = self.weights  # once: another thread may replace them
+        if not lie_together(weights):
+            return torch.cat([weight.data for weight in weights])
+        first = weights[0].data
         return first.as_strided(self._size, first.stride()).data  # from where it begins; to autograd, no view
+
+    def replace(self, others: Mapping[int, torch.Tensor]) -> None:
+        """Read other weights of the same kind, given by the ids of those that they replace."""
+        self.weights = tuple([others.get(id(weight), weight) for weight in self.weights])
 
 
 class _Group:
@@ -69,6 +74,10 @@ class _Group:
             for weight in filter(self.holds, self.weights):
                 weight.data = weight.data.clone()
             _finish_reading(before)
+
+    def forget_place(self) -> None:
+        """Know of no storage: what lies at its address from now on is another."""
+        self._storage, self._starts = None, {}
 
     def holds(self, weight: torch.Tensor) -> bool:
         """True where the weight is one of the group and still lies where it was put."""
@@ -138,6 +147,25 @@ class WeightLayout:
             for group in self._groups:
                 if not lie_together(group.weights) and group.is_movable(owners):
                     group.put_together()
+
+    def replace(self, others: Mapping[int, torch.Tensor], *, within: torch.nn.Module) -> None:
+        """Lay out other weights, given by the ids of those that they replace, as those were laid out.
+
+        What is replaced gets memory of its own; what replaces it moves only where it is free to, as in `lay_out`.
+        """
+        changed = [group for group in self._groups if any(id(weight) in others for weight in group.weights)]
+        if not changed:
+            return
+        with _MOVING:
+            for group in changed:
+                group.take_apart()
+                group.forget_place()
+                group.weights = tuple(others.get(id(weight), weight) for weight in group.weights)
+            owners = _owners(within, [group.weights for group in changed])
+            for group in changed:
+                if group.is_movable(owners):
+                    group.put_together()
+            self._number()
 
     def keep_only(self, known: Collection[int]) -> None:
         """Forget groups with a weight that is not known by its id: what remains of one gets memory of its own."""

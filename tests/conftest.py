@@ -1,21 +1,55 @@
-"""Shared set-up: one thread a worker, quiet libraries, GPU tests skipped where there is no GPU."""
+"""Shared set-up: one thread a process, quiet libraries, slow modules first, GPU tests skipped where there is no GPU."""
 
 from __future__ import annotations
 
-import os
+import logging
 
 import diffusers
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
+from deepcache_fx.cli.loading import IMPORTED_UNUSED
+
+for name in IMPORTED_UNUSED:
+    logging.getLogger(name).setLevel(logging.ERROR)
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # all tensors are tiny: a second thread is waited for, on a busy machine for long
+
+# Few examples, the same ones every time; `make test-all` asks for the other profile.
+settings.register_profile("quick", deadline=None, derandomize=True)
+settings.register_profile("thorough", deadline=None)
+settings.load_profile("quick")
+
+SLOWEST_FIRST = (
+    "test_compile",
+    "test_oracle",
+    "test_kernels",
+    "test_presets",
+    "test_stacking",
+    "test_pipelines",
+    "test_reliability",
+    "test_companion",
+    "test_benchmarks",
+    "test_calibrate",
+    "test_lora",
+    "test_nested",
+    "test_laid_out_weights",
+    "test_fidelity",
+    "test_follow",
+    "test_pass_orders",
+    "test_unets",
+)
+"""Modules with the longest tests; the others follow in their own order. An idle worker takes tests from the end of
+another's list, so nothing long may lie there."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -99,6 +99,7 @@ class FakeGraph:
     def reset(self) -> None:
         self.recorder.check()
         self.alive = False
+        self.calls, self.outside = [], {}
 
 
 class FakeRecorder:
@@ -116,12 +117,10 @@ class FakeRecorder:
     def check(self) -> None:
         assert self.lock._is_owned(), "the recorder is used without its lock"  # type: ignore[attr-defined]
 
-    def usable(self) -> bool:
-        return self.is_usable
-
-    def begin(self) -> None:
+    def begin(self) -> bool:
         self.check()
-        self.begun += 1
+        self.begun += self.is_usable
+        return self.is_usable
 
     def keep(self, tensor: torch.Tensor) -> None:
         self.check()

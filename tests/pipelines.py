@@ -678,15 +678,14 @@ CASES: dict[str, Callable[[], Case]] = {
     )
 }
 
-SLOW = {
-    "animate_diff",
-    "ddpm",
+REPRESENTATIVES = (
+    "text_to_image",
+    "image_to_image_xl",
+    "t2i_adapter",
     "ip_adapter",
-    "kandinsky_decoder",
-    "latent_diffusion",
-    "perturbed_attention",
-    "perturbed_attention_xl",
+    "latent_consistency",
+    "panorama",
     "stable_video",
-    "text_to_video",
-}
-"""Cases that take more than a few seconds."""
+    "pseudo_numerical",
+)
+"""One of each kind: text, images, conditioned by other networks, other guidance, views, video, other models."""

@@ -14,11 +14,12 @@ from rich.table import Table
 
 from benchmarks.environment import RESULTS, ROOT, environment
 from benchmarks.fidelity.arms import all_arms, select
-from benchmarks.fidelity.cases import SAMPLERS, Case, RowsFile
+from benchmarks.fidelity.cases import Case, RowsFile
 from benchmarks.fidelity.judges import CLIP, fashion_judge, hub_judge
 from benchmarks.fidelity.metrics import load_lpips
 from benchmarks.fidelity.models import DIRECTORIES, load_model
 from benchmarks.fidelity.report import write_report
+from benchmarks.fidelity.samplers import SAMPLERS, title
 from benchmarks.fidelity.sweep import Sweep, groups
 from benchmarks.speed.__main__ import names, numbers, quiet
 from deepcache_fx.errors import DeepCacheError
@@ -51,7 +52,7 @@ def sensible(device: torch.device, embedded: bool) -> Sensible:
 def table(file: RowsFile, cases: list[Case]) -> Table:
     """A short summary of one group for the terminal."""
     group = cases[0]
-    result = Table(title=f"{group.model}, {SAMPLERS[group.sampler]} {group.steps} steps, {group.images} images")
+    result = Table(title=f"{group.model}, {title(group.sampler)} {group.steps} steps, {group.images} images")
     for heading in ("arm", "1:N", "MACs", "time", "PSNR", "SSIM", "FID", "agreement", "CLIP"):
         result.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
     for case in cases:
@@ -137,8 +138,8 @@ class Request:
                 finished += case.images if done == case.images else 0
 
             sweep.advance = advance
+            sweep.run(*wanted)
             for cases in wanted:
-                sweep.run(cases)
                 console.print(table(file, cases))
                 for row in (file.rows[case.key] for case in cases):
                     if row.outcome is None:

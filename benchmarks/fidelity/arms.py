@@ -40,11 +40,17 @@ def all_arms() -> dict[str, Arm]:
     """Every arm by name, in the order they are run: the uncached images come first."""
     arms = [
         Arm("uncached", "every step full", _plain, cached=False, intervals=False),
-        Arm("repeat", "published DeepCache, uniform 1:N", _ours(lambda s: dict(interval=s.case.interval, forecast=0))),
+        Arm(
+            "repeat",
+            "published DeepCache, uniform 1:N",
+            _ours(lambda s: dict(interval=s.case.interval, forecast=0)),
+            order=0,
+        ),
         Arm(
             "power",
             "published DeepCache, non-uniform 1:N",
             _ours(lambda s: dict(schedule=power(s.case), forecast=0)),
+            order=0,
         ),
         *(_forecast(order) for order in ORDERS),
         Arm(
@@ -101,7 +107,7 @@ def equal_macs_steps(setting: Setting) -> int:
 def _forecast(order: int) -> Arm:
     name = {1: "linear", 2: "quadratic"}[order]
     arguments = _ours(lambda s: dict(interval=s.case.interval, forecast=order))
-    return Arm(f"forecast-{order}", f"uniform 1:N, the cached feature forecast ({name})", arguments)
+    return Arm(f"forecast-{order}", f"uniform 1:N, the cached feature forecast ({name})", arguments, order=order)
 
 
 def _calibrated(setting: Setting, trials: int, deeper: int | None = None) -> AbstractContextManager[Any]:

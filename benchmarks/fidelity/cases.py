@@ -13,9 +13,6 @@ from benchmarks.speed.cases import Quantiles
 from benchmarks.speed.store import from_dict
 from deepcache_fx.files.writing import write_json
 
-SAMPLERS = {"ddim": "DDIM", "pndm": "PLMS", "dpm++": "DPM++ 2M", "euler": "Euler"}
-"""By the names that `deepcache_fx.loading` gives diffusers' schedulers."""
-
 
 @dataclass(frozen=True)
 class Case:

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from benchmarks import fashion
+from benchmarks.fidelity.samplers import takes_generator
 from deepcache_fx.cli.loading import load_pipeline
 
 
@@ -48,10 +49,11 @@ class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         sample = randn_tensor(shape, generator=generator, device=self.device, dtype=self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         sample = sample * self.scheduler.init_noise_sigma
+        drawn = {"generator": generator} if takes_generator(self.scheduler) else {}
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             for t in self.scheduler.timesteps:
                 noise = self.unet(self.scheduler.scale_model_input(sample, t), t, class_labels=labels).sample
-                sample = self.scheduler.step(noise, t, sample).prev_sample
+                sample = self.scheduler.step(noise, t, sample, **drawn).prev_sample
                 progress.update()
         return ImagePipelineOutput(images=sample if output_type == "latent" else (sample / 2 + 0.5).clamp(0, 1))
 

@@ -15,7 +15,8 @@ import deepcache_fx
 from benchmarks import fashion
 from benchmarks.fidelity import class_conditional
 from benchmarks.fidelity.clock import CallTimer
-from deepcache_fx.cli.loading import LoadError, load_pipeline, pick_device, pick_dtype, read_prompts, use_scheduler
+from benchmarks.fidelity.samplers import seed_noise, use_sampler
+from deepcache_fx.cli.loading import LoadError, load_pipeline, pick_device, pick_dtype, read_prompts
 
 MODELS = Path(__file__).parents[1] / "models"
 DIRECTORIES = {"t2i": MODELS / "fashion-t2i", "ddpm": MODELS / "fashion-ddpm"}
@@ -61,9 +62,9 @@ class Model:
         object.__setattr__(self, "scheduler", self.pipe.scheduler)
 
     def use_sampler(self, name: str) -> None:
-        """Sample by this scheduler, configured as the pipeline's own is, whatever came between."""
+        """Sample in this way, configured as the pipeline's own scheduler is, whatever came between."""
         self.pipe.scheduler = self.scheduler
-        use_scheduler(self.pipe, name)
+        use_sampler(self.pipe, name)
 
     @property
     def device(self) -> torch.device:
@@ -81,8 +82,14 @@ class Model:
         return torch.tensor([index % len(self.prompts) for index in indexes])
 
     def generate(self, indexes: Sequence[int], *, steps: int, seed: int) -> torch.Tensor:
-        """Images (count, channels, height, width) in [0, 1], float32 on the CPU; the seeds are seed + index."""
-        generators = [torch.Generator().manual_seed(seed + index) for index in indexes]
+        """Images (count, channels, height, width) in [0, 1], float32 on the CPU; the seeds are seed + index.
+
+        The noise that a sampler draws at its steps is that of the same seeds: it depends on the image alone, not on the
+        batch, nor on how the UNet's output comes about.
+        """
+        seeds = [seed + index for index in indexes]
+        generators = [torch.Generator().manual_seed(each) for each in seeds]
+        seed_noise(self.pipe.scheduler, seeds)
         images: torch.Tensor = self.pipe(
             self.prompts_of(indexes), num_inference_steps=steps, generator=generators, output_type="pt", **self.call
         ).images

@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.fidelity.arms import all_arms
-from benchmarks.fidelity.cases import SAMPLERS, Case, Row, is_rows_file, read_rows
+from benchmarks.fidelity.cases import Case, Row, is_rows_file, read_rows
+from benchmarks.fidelity.orders import ABOUT_ORDERS, each_kind, each_sampler
 from benchmarks.fidelity.plots import draw, sheet
+from benchmarks.fidelity.samplers import SAMPLERS, title
 from benchmarks.fidelity.targets import CONTROL, PUBLISHED, find, psnr, targets
 from deepcache_fx.errors import DeepCacheError
 
@@ -99,7 +101,7 @@ def grouped(rows: Sequence[Row]) -> dict[Case, list[Row]]:
 
 
 def heading(group: Case) -> str:
-    sampler = SAMPLERS.get(group.sampler, group.sampler)
+    sampler = title(group.sampler)
     return f"{group.model}, {sampler} {group.steps} steps, {group.images} images, branch {group.branch}"
 
 
@@ -158,14 +160,20 @@ def summary(groups: Mapping[Case, Sequence[Row]]) -> str:
             gains = ", ".join("-" if one is None or ours is None else f"{ours - one:+.1f}" for one in others)
             cells.append("" if ours is None else f"{ours:.1f} ({gains})")
         if any(cells):
-            sampler = SAMPLERS.get(group.sampler, group.sampler)
+            sampler = title(group.sampler)
             lines.append((group.model, sampler, str(group.steps), str(group.images), *cells))
     head = ("model", "sampler", "steps", "images", *(f"N={interval}" for interval in SUMMARY_INTERVALS))
     text = (
         "PSNR of *forecast-1* in dB, and in brackets how many dB closer to the uncached images that is than *repeat* "
-        "and than *fewer-steps*. The default of `optimize(forecast=)` follows from this table: linear."
+        "and than *fewer-steps*. Where a sampler draws noise at its steps, fewer of them draw other noise: there "
+        "*fewer-steps* comes out as other images, and is no control."
     )
     return "\n\n".join(["## In one table", text, markdown(head, lines)])
+
+
+def orders(groups: Mapping[Case, Sequence[Row]]) -> str:
+    """Which order of the forecast is closest: by kind of sampler, then one by one."""
+    return "\n\n".join(["## Which order", ABOUT_ORDERS, markdown(*each_kind(groups)), markdown(*each_sampler(groups))])
 
 
 def on_the_sheet(rows: Sequence[Row]) -> list[Row]:
@@ -208,7 +216,7 @@ def write_report(results: Path, docs: Path, work: Path, pictured: int = PICTURED
         arms_section({row.case.arm for row in rows}),
     ]
     groups = grouped(rows)
-    parts.append(summary(groups))
+    parts += [summary(groups), orders(groups)]
     for group, members in groups.items():
         if group.images < pictured:
             parts.append(section(group, members, []))

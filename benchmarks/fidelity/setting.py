@@ -40,6 +40,8 @@ class Arm:
     steps: Callable[[Setting], int] = lambda setting: setting.case.steps
     usual: bool = True
     """False where it is run by name alone."""
+    order: int | None = None
+    """Of the forecast, where all cases of that order can do with the same programs: only their schedules differ."""
     calls: Callable[[Setting, str], str] = lambda setting, calls: calls
     """(setting, the calls made, all full) -> those that count; for arms that are not `cached`."""
 

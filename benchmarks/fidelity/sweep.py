@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -106,18 +107,40 @@ class Sweep:
         has = ImageStore(self.work, group).has(batches(group.images, self.batch))
         return [group, *found] if found and found[0] != group and not has else found
 
-    def run(self, cases: Sequence[Case]) -> None:
-        """Cases of one group; each row is in the file when its images are judged."""
-        for case in self.missing(cases):
-            self.file.put(self._row(case))
+    def run(self, *groups: Sequence[Case]) -> None:
+        """Cases by their groups; each row is in the file when its images are judged.
 
-    def _row(self, case: Case) -> Row:
+        Those whose programs differ in nothing come after one another and share a capture: with a few images of few
+        steps the captures would take longer than the images.
+        """
+        missing = [case for cases in groups for case in self.missing(cases)]
+        for case in missing:
+            if case.branch not in self._costs:
+                self._costs[case.branch] = self.model.cost(case.branch)
+        timer = CallTimer(self.model.device)  # one for all: a hook that changes makes for another capture
+        with timer.attached(self.model.pipe.unet):
+            for shared, cases in itertools.groupby(sorted(missing, key=self._programs), self._programs):
+                with self._captured_once(*shared):
+                    for case in cases:
+                        self.file.put(self._row(case, timer))
+
+    def _programs(self, case: Case) -> tuple[int, int]:
+        """(order of the forecast, branch); order -1 where there are none, or none to share: these come first."""
+        order = self.arms[case.arm].order
+        return (-1 if order is None else order), case.branch
+
+    def _captured_once(self, order: int, branch: int) -> AbstractContextManager[Any]:
+        """What is captured in the with block stays until its end."""
+        if order < 0:
+            return nullcontext()
+        return deepcache_fx.optimized(self.model.pipe, interval=1, branch=branch, forecast=order)
+
+    def _row(self, case: Case, timer: CallTimer) -> Row:
         arm = self.arms[case.arm]
-        self.model.use_sampler(case.sampler)
-        if case.branch not in self._costs:
-            self._costs[case.branch] = self.model.cost(case.branch)
+        setting = Setting(self.model, case, self._costs[case.branch], self.work / "calibrated")
         try:
-            outcome = self._measure(arm, Setting(self.model, case, self._costs[case.branch], self.work / "calibrated"))
+            self.model.use_sampler(case.sampler)
+            outcome = self._measure(arm, setting, timer)
         except DeepCacheError as error:
             return Row(case, "absent", describe(error), environment=self.facts)
         except (ValueError, RuntimeError, IndexError) as error:  # what schedulers raise at one or two steps
@@ -126,15 +149,15 @@ class Sweep:
             return Row(case, "failed", describe(error), environment=self.facts)
         return Row(case, "measured", outcome=outcome, environment=self.facts)
 
-    def _measure(self, arm: Arm, setting: Setting) -> Outcome:
+    def _measure(self, arm: Arm, setting: Setting, timer: CallTimer) -> Outcome:
         model, case, cost = self.model, setting.case, setting.cost
         store = ImageStore(self.work, case.group)
         reference = self.file.rows.get(case.group.key)
         parts = batches(case.images, self.batch)
-        tally, pairs, timer, times = self.judge.start(), PairDistance(self.lpips), CallTimer(model.device), Times()
+        tally, pairs, times = self.judge.start(), PairDistance(self.lpips), Times()
         kinds, notes = "", list(self.judge.notes)
         per_image, once = {"F": cost.full, "s": cost.shallow}, 0.0
-        with timer.attached(model.pipe.unet), arm.applied(setting):
+        with arm.applied(setting):
             steps = arm.steps(setting)
             timer.take()  # a calibration has run the UNet
             for part in parts:

@@ -74,7 +74,7 @@ def _over(abscissa: str, order: int) -> Callable[[Setting], AbstractContextManag
         places = positions(pipe.scheduler, abscissa, case.steps)
 
         def moved(step: int, refreshes: Sequence[int], order: int) -> tuple[float, ...]:
-            return coefficients(places[step], [places[refresh] for refresh in refreshes], order)
+            return coefficients(places[step], tuple(places[refresh] for refresh in refreshes), order)
 
         with (
             mock.patch.object(programs, "coefficients", moved),

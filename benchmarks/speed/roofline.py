@@ -16,7 +16,7 @@ from benchmarks.speed.subjects import DTYPES, Subject
 from deepcache_fx.graph.capture import capture
 from deepcache_fx.graph.macs import node_macs
 from deepcache_fx.graph.signature import CallReader
-from deepcache_fx.graph.skips import find_skip_connections, pick_branch
+from deepcache_fx.graph.skips import pick_branch, require_skip_connections
 from deepcache_fx.graph.split import split
 
 
@@ -86,7 +86,8 @@ def count_work(subject: Subject, branch: int, rates: Rates) -> Work:
     unet = subject.unet
     reader = CallReader(type(unet).forward)
     captured = capture(unet, reader.read(unet, (), subject.example_call()), reader)
-    connection = pick_branch(find_skip_connections(captured.graph.graph), branch, type(unet).__name__)
+    name = type(unet).__name__
+    connection = pick_branch(require_skip_connections(captured.graph.graph, name), branch, name)
     variants = split(captured, connection)
     full, shallow = (contractions(_with_values(graph)) for graph in (variants.full.step, variants.cuts[0].shallow.step))
     return Work(

@@ -117,7 +117,7 @@ def compare_command(
         files.write_json(json, {**settings, **found.to_dict()})
     output = Console()
     output.print(_table(found, settings))
-    for remark in found.remarks:
+    for remark in (*(f"no speed-up is told: {doubt}" for doubt in found.doubts), *found.remarks):
         output.print(f"note: {remark}", markup=False, highlight=False)
     output.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
 
@@ -166,10 +166,17 @@ def _table(found: Comparison, settings: Mapping[str, Any]) -> Table:
         parts = {"full": calls.full, "shallow": calls.shallow, "uncached": calls.uncached}
         split = " + ".join(f"{count} {kind}" for kind, count in parts.items() if count)
         table.add_row(f"{model} calls", f"{sum(parts.values())} full", split)
-    low, high = found.speedup_range
-    spread = f" ({low:.2f} to {high:.2f})" if repeats > 1 else ""
-    table.add_row("speed-up", "", f"[bold]{found.speedup:.2f}x[/bold]{spread}")
+    table.add_row("speed-up", "", _speedup(found))
     table.add_row("  bound from the UNet's arithmetic", "", f"{found.bound:.2f}x")
     table.add_row("PSNR", "", describe_psnr(found.psnr))
     table.add_row("SSIM", "", describe_ssim(found.ssim))
     return table
+
+
+def _speedup(found: Comparison) -> str:
+    """The median of the paired ratios and their range, or that there is no such figure."""
+    if found.doubts:
+        return "[bold]not measured[/bold] (see below)"
+    low, high = found.speedup_range
+    spread = f" ({low:.2f} to {high:.2f})" if len(found.ratios) > 1 else ""
+    return f"[bold]{found.speedup:.2f}x[/bold]{spread}"

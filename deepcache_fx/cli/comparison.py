@@ -14,6 +14,10 @@ from deepcache_fx.runtime.report import Report
 
 SSIM_SIGMA = 1.5
 """Of the Gaussian window, in pixels (Wang et al. 2004)."""
+WIDE = 1.5
+"""Largest over smallest paired ratio from which on their median is no figure. On an idle machine: 1.1 to 1.2."""
+BEYOND = 1.2
+"""Speed-up over its bound from which on it is no figure either: a graph without Python in between may gain some."""
 
 
 @dataclass(frozen=True)
@@ -72,21 +76,42 @@ class Comparison:
     optimized_images: torch.Tensor
 
     @property
+    def ratios(self) -> tuple[float, ...]:
+        """Of two times measured one after the other: what else the machine does changes little in between."""
+        return tuple(b / o for b, o in zip(self.baseline_seconds, self.optimized_seconds, strict=True))
+
+    @property
     def speedup(self) -> float:
-        """Median baseline time over median optimised time."""
-        return statistics.median(self.baseline_seconds) / statistics.median(self.optimized_seconds)
+        """The median of the paired ratios. No figure to quote where there are `doubts`."""
+        return statistics.median(self.ratios)
 
     @property
     def speedup_range(self) -> tuple[float, float]:
-        """The smallest and the largest ratio of two times measured one after the other."""
-        ratios = [b / o for b, o in zip(self.baseline_seconds, self.optimized_seconds, strict=True)]
-        return min(ratios), max(ratios)
+        """The smallest and the largest of the paired ratios."""
+        return min(self.ratios), max(self.ratios)
 
     @property
     def bound(self) -> float:
         """The speed-up there would be if time went by the multiply-accumulates of the UNet alone."""
         after = sum(c.macs_after for c in self.calls)
         return sum(c.macs_before for c in self.calls) / after if after else 1.0
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why the speed-up cannot be relied on; empty where it can."""
+        found = []
+        low, high = self.speedup_range
+        if high / low > WIDE:
+            found.append(
+                f"the pairs disagree ({low:.2f} to {high:.2f}): the machine was busy, so run it again or repeat it more"
+            )
+        # A compiler saves what the count of multiply-accumulates does not show.
+        if self.speedup > BEYOND * self.bound and all(item.backend == "eager" for item in self.reports):
+            found.append(
+                f"the times differ by {self.speedup:.3g}, the arithmetic by no more than {self.bound:.2f}: something "
+                "else held the baseline up, or the model is so small that its Python code takes the time"
+            )
+        return tuple(found)
 
     @property
     def engaged(self) -> bool:
@@ -123,6 +148,7 @@ class Comparison:
             "preparation_seconds": self.preparation_seconds,
             "speedup": self.speedup,
             "speedup_range": list(self.speedup_range),
+            "doubts": list(self.doubts),
             "bound": self.bound,
             "identical": bool(torch.equal(self.baseline_images, self.optimized_images)),
             "psnr": self.psnr if math.isfinite(self.psnr) else None,

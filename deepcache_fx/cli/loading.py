@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import textwrap
 import warnings
@@ -36,6 +37,10 @@ SCHEDULERS = {
     "tcd": "TCDScheduler",
 }
 """Short names of diffusers' scheduler classes."""
+
+IMPORTED_UNUSED = ("torchao", "torch.utils._pytree")
+"""Loggers of what diffusers imports where it is installed: torchao warns of kernels that it cannot load, and torch of
+how torchao registers its classes."""
 
 
 class LoadError(DeepCacheError):
@@ -153,7 +158,11 @@ def load_pipeline(model: str, *, dtype: torch.dtype, device: torch.device, varia
 
 @contextmanager
 def quiet(*, keep_download_bars: bool = False) -> Iterator[None]:
-    """Silence what transformers, diffusers and warnings would print, for the length of a with block."""
+    """Silence diffusers, transformers, what they import, and warnings, for the length of a with block."""
+    loggers = [logging.getLogger(name) for name in IMPORTED_UNUSED]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     import transformers.utils.logging as transformers_logging
 
     speaking = transformers_logging.get_verbosity()
@@ -174,6 +183,8 @@ def quiet(*, keep_download_bars: bool = False) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         transformers_logging.set_verbosity(speaking)
         diffusers_logging.set_verbosity(chattering)
         for module in bars:

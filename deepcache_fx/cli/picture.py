@@ -42,10 +42,13 @@ def to_images(batch: torch.Tensor) -> tuple[Image.Image, ...]:
 def labels(comparison: Comparison) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What stands before the baseline's row, and before the optimised one."""
     speedup, likeness = comparison.speedup, comparison.psnr
+    faster = f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
+    if comparison.doubts:
+        faster = "speed not measured"
     optimized = [
         "deepcache_fx",
         f"{statistics.median(comparison.optimized_seconds):.2f} s",
-        f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower",
+        faster,
         "identical images" if math.isinf(likeness) else f"PSNR {describe_psnr(likeness)}",
     ]
     if math.isfinite(comparison.ssim):

@@ -27,6 +27,7 @@ from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.execution.programs import PromptValues, Values
 from deepcache_fx.graph.capture import capture, refuse_layerwise_offload
 from deepcache_fx.graph.signature import Call, UnsupportedInput
+from deepcache_fx.guards.fingerprint import Settings
 from deepcache_fx.guards.model_state import ModelState
 from deepcache_fx.runtime.captures import find_or_make
 from deepcache_fx.runtime.pairing import Coming, Handed
@@ -70,13 +71,13 @@ class Companion:
         self._entries: OrderedDict[Hashable, CompanionEntry] = OrderedDict()
         self._failures: dict[Hashable, str] = {}
         self._state = _ThreadState()
-        self._captures = self._full = self._shallow = self._completed = 0
+        self._captures = self._rebound = self._full = self._shallow = self._completed = 0
         self._kept_full: Counter[str] = Counter()
         self._original_calls: Counter[str] = Counter()
 
     def adopt(self, before: Companion) -> None:
         """Take over the programs of another companion of the same ControlNet."""
-        self._entries, self._captures = before._entries, before._captures
+        self._entries, self._captures, self._rebound = before._entries, before._captures, before._rebound
 
     def runtime(self) -> Runtime | None:
         """The UNet's; None where the UNet is gone."""
@@ -184,9 +185,9 @@ class Companion:
 
     # Capturing.
 
-    def _entry(self, module: torch.nn.Module, call: Call, settings: Hashable) -> CompanionEntry | str:
+    def _entry(self, module: torch.nn.Module, call: Call, settings: Settings) -> CompanionEntry | str:
         """The programs for calls like this one, or why there are none."""
-        key = (settings, call.key)
+        key = (settings.structure, call.key)
         failure = self._failures.get(key)
         if failure is not None:
             return failure
@@ -197,9 +198,10 @@ class Companion:
                 call.key,
                 look=partial(self.model_state.settings, module, call.sample.device, thorough=True),
                 make=partial(self._make_entry, module, call),
-                keep_only=self.model_state.keep_only,
+                model_state=self.model_state,
                 module=module,
                 limit=self._options.max_captures,
+                rebound=self._count_rebound,
             )[1]
         except DeepCacheError as error:
             if len(self._failures) >= _FAILURES_KEPT:
@@ -207,11 +209,15 @@ class Companion:
             self._failures[key] = str(error)
             return str(error)
 
+    def _count_rebound(self) -> None:
+        self._rebound += 1
+
     def _make_entry(self, module: torch.nn.Module, call: Call) -> CompanionEntry:
         started = time.perf_counter()
-        refuse_layerwise_offload(module)
-        with self.model_state.watching(module):
+        refuse_layerwise_offload(module, call.sample.device)
+        with self.model_state.watching(module, call.objects()) as watched:
             captured = capture(module, call, self.reader, self.model_class)
+            watched.captured(captured.graph)
         entry = assemble_companion(captured, call, self._options, self._recorders)
         entry.seconds = time.perf_counter() - started
         self._captures += 1
@@ -223,6 +229,7 @@ class Companion:
         return CompanionReport(
             model=self.model_class.__name__,
             captures=self._captures,
+            rebound=self._rebound,
             full_calls=self._full,
             shallow_calls=self._shallow,
             completed_calls=self._completed,

@@ -11,7 +11,7 @@ picture down to the size of the latent run once per picture.
 from __future__ import annotations
 
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,14 +20,15 @@ from torch import fx
 
 from deepcache_fx.controlnet.conditioning import multiply_in_float32
 from deepcache_fx.errors import DeepCacheError
-from deepcache_fx.execution.assemble import prompt_stage, single_program, why_not_recorded
+from deepcache_fx.execution.assemble import Compiled, prompt_stage, single_program, why_not_recorded
 from deepcache_fx.execution.cuda_graphs import Recorder
 from deepcache_fx.execution.programs import Programs, PromptStage, Values
 from deepcache_fx.graph.capture import CAPTURE_LOCK, Captured
 from deepcache_fx.graph.macs import total_macs
 from deepcache_fx.graph.pass_order import apply_passes, last_passes
 from deepcache_fx.graph.signature import Call
-from deepcache_fx.graph.split import in_stages, keep_outputs
+from deepcache_fx.graph.split import Variant, in_stages, keep_outputs
+from deepcache_fx.graph.weights import Binding, let_go_of_weights
 from deepcache_fx.options import Options
 from passes import PassError, PassRecord, pass_name, run_passes
 
@@ -37,11 +38,18 @@ class Step:
     """One program: which outputs it gives, by number, and what it costs."""
 
     outputs: tuple[int, ...]
+    graph: fx.GraphModule
+    compiled: Compiled
     programs: Programs
     macs: int
 
     def __call__(self, tensors: Sequence[torch.Tensor], prompt: Values) -> Sequence[Any]:
         return self.programs.full(0, tensors, prompt)[0] if self.outputs else ()
+
+    def renewed(self, others: Mapping[int, torch.Tensor]) -> Step:
+        """The same over other weights, which the graph holds already (see `Entry.renewed`)."""
+        compiled, programs = self.compiled.renewed(others)
+        return replace(self, compiled=compiled, programs=programs)
 
 
 @dataclass
@@ -53,15 +61,21 @@ class CompanionEntry:
     why_not_recorded: str | None
     options: Options
     recorders: MutableMapping[torch.device, Recorder]
-    staged: fx.GraphModule
+    variant: Variant
     """All outputs, from the inputs and the prompt values, before the last passes."""
     stage: PromptStage | None
-    prompt_macs: int
     passes: tuple[PassRecord, ...]
     inputs: str
     full: Step = field(init=False)
     shallow: dict[frozenset[int], Step] = field(default_factory=dict)
     seconds: float = 0.0
+    binding: Binding | None = None
+    weights: int = -1
+    """As those of an `Entry`."""
+
+    @property
+    def prompt_macs(self) -> int:
+        return self.variant.prompt_macs.total
 
     @property
     def count(self) -> int:
@@ -82,21 +96,41 @@ class CompanionEntry:
                 self.shallow[read] = step
         return step
 
+    def graphs(self) -> list[fx.GraphModule]:
+        """All that hold weights."""
+        prompt = [self.variant.prompt] if self.variant.prompt is not None else []
+        steps = (self.full, *self.shallow.values())
+        return [self.captured.graph, self.variant.step, *prompt, *(step.graph for step in steps)]
+
+    def copies_weights(self) -> bool:
+        """True where something else than these graphs may hold the values of weights."""
+        return self.full.compiled.copies_weights
+
+    def renewed(self, others: Mapping[int, torch.Tensor], model: torch.nn.Module) -> CompanionEntry:
+        """The entry of the same graphs over other weights (see `Entry.renewed`)."""
+        renewed = replace(self, stage=prompt_stage(self.variant))
+        renewed.full = self.full.renewed(others)
+        renewed.shallow = {read: step.renewed(others) for read, step in self.shallow.items()}
+        return renewed
+
     def release(self) -> None:
         for step in (self.full, *self.shallow.values()):
             step.programs.release()
 
     def _step(self, outputs: tuple[int, ...], name: str) -> Step:
         started = time.perf_counter()
-        graph = keep_outputs(self.staged, outputs)
+        graph = keep_outputs(self.variant.step, outputs)
         last = [item for item in last_passes(None) if self.options.uses(pass_name(item))]
         try:
             graph, records = run_passes(graph, last)
         except PassError as error:
             raise DeepCacheError(f"{name} variant: {error}") from error
         self.passes += tuple(replace(record, name=f"{record.name} ({name})") for record in records)
-        programs = single_program(graph, self.options, self.device, self.why_not_recorded, self.recorders)
-        step = Step(outputs, programs, total_macs(graph.graph.nodes).total)
+        compiled = single_program(graph, self.options, self.device, self.why_not_recorded, self.recorders)
+        step = Step(outputs, graph, compiled, compiled.record(compiled.called), total_macs(graph.graph.nodes).total)
+        if self.binding is not None:
+            self.binding.add(graph)
+        let_go_of_weights(graph)
         self.seconds += time.perf_counter() - started
         return step
 
@@ -122,9 +156,8 @@ def assemble_companion(
         why_not_recorded=why_not_recorded(options, call),
         options=options,
         recorders=recorders,
-        staged=variant.step,
+        variant=variant,
         stage=prompt_stage(variant),
-        prompt_macs=variant.prompt_macs.total,
         passes=records,
         inputs=inputs,
     )

@@ -14,7 +14,7 @@ from deepcache_fx.files import writing as files
 from deepcache_fx.graph.capture import capture
 from deepcache_fx.graph.pass_order import apply_passes
 from deepcache_fx.graph.signature import Call, CallReader, ExampleInputs
-from deepcache_fx.graph.skips import find_skip_connections, pick_branch
+from deepcache_fx.graph.skips import pick_branch, require_skip_connections
 from deepcache_fx.graph.split import RATES, split
 from deepcache_fx.options import Options
 from deepcache_fx.planning.example_inputs import example_inputs as make_example_inputs
@@ -93,7 +93,7 @@ def _examine(unet: torch.nn.Module, inputs: ExampleInputs, branch: Branch | None
     reader = CallReader(model_class.forward)
     call = reader.read_example(unet, inputs)
     captured, _ = apply_passes(capture(unet, call, reader, model_class), options)
-    skips = find_skip_connections(captured.graph.graph)
+    skips = require_skip_connections(captured.graph.graph, model_class.__name__)
     rates = [name for name in RATES if options.uses(name)]
     cut = pick_branch(skips, chosen, model_class.__name__)
     variants = split(captured, cut, rates=rates, prompt_inputs=call.prompt_inputs)

@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import fx
 
-from deepcache_fx.execution.compile import compile_variant, pick_backend
+from deepcache_fx.execution.compile import compile_variant, copies_weights, pick_backend
 from deepcache_fx.execution.cuda_graphs import RECORDERS, Recorder
 from deepcache_fx.execution.programs import Called, Programs, PromptStage, ShallowProgram
 from deepcache_fx.execution.recorded import Recorded
 from deepcache_fx.graph.capture import Captured
+from deepcache_fx.graph.only import Only
 from deepcache_fx.graph.pass_order import ToLayOut, apply_passes, finish
 from deepcache_fx.graph.signature import Call
-from deepcache_fx.graph.skips import find_skip_connections, pick_branches
-from deepcache_fx.graph.split import RATES, Variant, Variants, split
+from deepcache_fx.graph.skips import pick_branches, require_skip_connections
+from deepcache_fx.graph.split import RATES, Variant, Variants, copied, split
+from deepcache_fx.graph.weights import Binding, is_aligned, let_go_of_weights, unwrapped
 from deepcache_fx.options import Options
 from deepcache_fx.schedules.branch import Branch
-from passes import (
-    PassRecord,
-)
+from passes import Pass, PassRecord
 from passes.fuse_linears import bind
-from passes.weight_layout import Joined
+from passes.weight_layout import Joined, WeightLayout
+
+
+@dataclass
+class Compiled:
+    """The steps of one signature as programs, to be called or recorded."""
+
+    called: Called
+    record: Callable[[Called], Programs]
+    """Around what is to be called; the weights are those that the graphs hold at that moment."""
+    compile: Callable[[], Called]
+    """Makes them again."""
+    copies_weights: bool
+    """False where they read the graphs' weights at every call."""
+    joined: tuple[Joined, ...]
+    """What they read besides: weights that were laid out together."""
+
+    def renewed(self, others: Mapping[int, torch.Tensor]) -> tuple[Compiled, Programs]:
+        """The same over other weights, by the ids of those that they replace; the graphs hold them already."""
+        for one in self.joined:
+            one.replace(others)
+        again = self.copies_weights or not all(map(is_aligned, others.values()))
+        renewed = replace(self, called=self.compile()) if again else self
+        return renewed, renewed.record(renewed.called)
 
 
 @dataclass
@@ -40,6 +64,14 @@ class Entry:
     programs: Programs
     passes: tuple[PassRecord, ...]
     inputs: str
+    compiled: Compiled
+    again: Callable[[torch.nn.Module], Entry] | None = None
+    """Makes it again of what was captured of the model, where passes may have taken values from the weights."""
+    raw: fx.GraphModule | None = None
+    """What `again` begins with."""
+    binding: Binding | None = None
+    weights: int = -1
+    """The number of the weights that it is bound to (see `fingerprint.Settings`)."""
     seconds: float = 0.0
     """Of all that made it, the capture included."""
 
@@ -52,6 +84,28 @@ class Entry:
     def release(self) -> None:
         """Give recorded graphs back."""
         self.programs.release()
+
+    def graphs(self) -> list[fx.GraphModule]:
+        """All that hold weights."""
+        variants = self.variants.named().values()
+        stages = [variant.prompt for variant in variants if variant.prompt is not None]
+        raw = [self.raw] if self.raw is not None else []
+        return [self.captured.graph, *(variant.step for variant in variants), *stages, *raw]
+
+    def copies_weights(self) -> bool:
+        """True where something else than these graphs may hold the values of weights, or what follows from them."""
+        return self.again is not None or self.compiled.copies_weights
+
+    def renewed(self, others: Mapping[int, torch.Tensor], model: torch.nn.Module) -> Entry:
+        """The entry of the same graphs over other weights, by the ids of those that they replace.
+
+        The graphs hold them already. It is another object, so that nobody takes a deep feature or prompt values of the
+        weights before for those of these.
+        """
+        if self.again is not None:
+            return replace(self.again(model), seconds=self.seconds)
+        compiled, programs = self.compiled.renewed(others)
+        return replace(self, programs=programs, compiled=compiled, prompts=_prompt_stages(self.variants))
 
 
 def assemble(
@@ -68,23 +122,60 @@ def assemble(
     Raises:
         DeepCacheError: a pass failed, there is no such branch, or the backend is unknown.
     """
+    raw = copied(captured.graph) if any(map(_may_read_weights, options.passes)) else None
+    again: Callable[[torch.nn.Module], Entry] | None = None
+    if raw is not None:
+        layout = weights.layout if weights is not None else None
+        like = _without_values(call, raw)
+        again = partial(_assemble_again, captured.with_graph(raw), like, options, name, recorders, layout)
     captured, records = apply_passes(captured, options)
-    skips = find_skip_connections(captured.graph.graph)
+    skips = require_skip_connections(captured.graph.graph, name)
     branches = pick_branches(skips, options.branch, options.schedule.branches, name)
     rates = [name for name in RATES if options.uses(name)]
     chosen = list(dict.fromkeys(branches.values()))
     variants = split(captured, chosen, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.forecast)
     variants, more, joined = finish(variants, options, weights)
-    prompts = {name: prompt_stage(variant) for name, variant in variants.named().items()}
+    compiled = _compiled(variants, joined, call, options, recorders)
+    programs = compiled.record(compiled.called)
+    let_go_of_weights(captured.graph)
     return Entry(
         captured,
         variants,
         {branch: chosen.index(found) for branch, found in branches.items()},
-        {name: stage for name, stage in prompts.items() if stage is not None},
-        _programs(variants, joined, call, options, recorders),
+        _prompt_stages(variants),
+        programs,
         (*records, *more),
         ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors),
+        compiled,
+        again,
+        raw,
     )
+
+
+def _assemble_again(
+    captured: Captured,
+    call: Call,
+    options: Options,
+    name: str,
+    recorders: MutableMapping[torch.device, Recorder],
+    layout: WeightLayout | None,
+    model: torch.nn.Module,
+) -> Entry:
+    weights = ToLayOut(layout, model, in_use=True) if layout is not None else None
+    return assemble(captured, call, options, name=name, recorders=recorders, weights=weights)
+
+
+def _may_read_weights(item: Pass) -> bool:
+    """True for a pass that is none of this library's: those rewrite the graph, whatever the values of the weights."""
+    item = item.item if isinstance(item, Only) else item
+    return not getattr(item, "__module__", type(item).__module__).startswith("passes.")
+
+
+def _without_values(call: Call, graph: fx.GraphModule) -> Call:
+    """A call like this one that keeps none of its tensors alive."""
+    tensors = tuple(node.meta["val"] for node in graph.graph.find_nodes(op="placeholder"))
+    sample = next(like for like, given in zip(tensors, call.tensors, strict=True) if given is call.sample)
+    return replace(call, arguments={}, tensors=tensors, timestep=None, sample=sample)
 
 
 def prompt_stage(variant: Variant) -> PromptStage | None:
@@ -94,18 +185,40 @@ def prompt_stage(variant: Variant) -> PromptStage | None:
     return PromptStage(variant.prompt.forward, variant.prompt_inputs, _weights(variant.prompt))
 
 
-def _programs(
+def _prompt_stages(variants: Variants) -> dict[str, PromptStage]:
+    stages = {name: prompt_stage(variant) for name, variant in variants.named().items()}
+    return {name: stage for name, stage in stages.items() if stage is not None}
+
+
+def _compiled(
     variants: Variants,
     joined: Mapping[str, Sequence[Joined]],
     call: Call,
     options: Options,
     recorders: MutableMapping[torch.device, Recorder],
-) -> Programs:
+) -> Compiled:
     device = call.sample.device
     why_not = why_not_recorded(options, call)
+    compile_all = partial(_compile, variants, joined, options, device, why_not)
+    return Compiled(
+        compile_all(),
+        partial(_recorded, variants, joined, device, why_not, recorders),
+        compile_all,
+        copies_weights(options, device),
+        tuple(chain.from_iterable(joined.values())),
+    )
+
+
+def _compile(
+    variants: Variants,
+    joined: Mapping[str, Sequence[Joined]],
+    options: Options,
+    device: torch.device,
+    why_not: str | None,
+) -> Called:
     steps = {name: variant.step for name, variant in variants.named().items()}
     full, *shallow = [bind(compile_variant(step, options, device), joined[name]) for name, step in steps.items()]
-    called = Called(
+    return Called(
         full_program=full,
         cuts=tuple(
             ShallowProgram(name, program, len(cut.cache), cut.refreshed)
@@ -115,11 +228,21 @@ def _programs(
         order=options.forecast,
         why_not_recorded=why_not or "off",
     )
+
+
+def _recorded(
+    variants: Variants,
+    joined: Mapping[str, Sequence[Joined]],
+    device: torch.device,
+    why_not: str | None,
+    recorders: MutableMapping[torch.device, Recorder],
+    called: Called,
+) -> Programs:
     if why_not is not None:
         return called
     weights = {
-        name: (*_weights(step), *chain.from_iterable(one.weights for one in joined[name]))
-        for name, step in steps.items()
+        name: (*_weights(variant.step), *chain.from_iterable(one.weights for one in joined[name]))
+        for name, variant in variants.named().items()
     }
     return Recorded(called, _recorder(device, recorders), weights, [cut.cache for cut in variants.cuts], device)
 
@@ -130,14 +253,20 @@ def single_program(
     device: torch.device,
     why_not: str | None,
     recorders: MutableMapping[torch.device, Recorder],
-) -> Programs:
+) -> Compiled:
     """A graph that caches nothing, compiled and recorded as `options` say. Only `full` of it is to be called."""
-    program = compile_variant(step, options, device)
     outputs = step.graph.output_node().args[0]
-    called = Called(program, (), len(outputs), why_not_recorded=why_not or "off")  # type: ignore[arg-type]
-    if why_not is not None:
-        return called
-    return Recorded(called, _recorder(device, recorders), {"full": _weights(step)}, (), device)
+
+    def compile_it() -> Called:
+        program = compile_variant(step, options, device)
+        return Called(program, (), len(outputs), why_not_recorded=why_not or "off")  # type: ignore[arg-type]
+
+    def record(called: Called) -> Programs:
+        if why_not is not None:
+            return called
+        return Recorded(called, _recorder(device, recorders), {"full": _weights(step)}, (), device)
+
+    return Compiled(compile_it(), record, compile_it, copies_weights(options, device), ())
 
 
 def _recorder(device: torch.device, recorders: MutableMapping[torch.device, Recorder]) -> Recorder:
@@ -147,7 +276,8 @@ def _recorder(device: torch.device, recorders: MutableMapping[torch.device, Reco
 
 
 def _weights(graph: fx.GraphModule) -> tuple[torch.Tensor, ...]:
-    return (*graph.parameters(), *graph.buffers())
+    """What a graph reads, quantised weights as the plain tensors inside them."""
+    return tuple(chain.from_iterable(map(unwrapped, (*graph.parameters(), *graph.buffers()))))
 
 
 def why_not_recorded(options: Options, call: Call) -> str | None:

@@ -22,6 +22,20 @@ def pick_backend(options: Options, device: torch.device) -> str | Callable[..., 
     return options.backend
 
 
+def copies_weights(options: Options, device: torch.device) -> bool:
+    """True where programs may hold copies of weights, or what follows from their values: else they read them anew.
+
+    Dynamo hands the parameters of a graph to its backend as inputs, which are taken from the graph at every call. What
+    a backend of someone else's makes of them nobody knows; Inductor folds them into its programs when it freezes.
+    """
+    backend = pick_backend(options, device)
+    if backend == "inductor":
+        import torch._inductor.config as inductor  # slow to import, and only needed here
+
+        return bool(dict(options.options or {}).get("freezing") or inductor.freezing)
+    return backend not in ("eager", "aot_eager")
+
+
 def compile_variant(variant: fx.GraphModule, options: Options, device: torch.device) -> Program:
     """A callable for one variant. "eager" runs the graph's own operators, one after the other.
 

@@ -30,11 +30,11 @@ class Recorder(Protocol):
 
     lock: threading.RLock
 
-    def usable(self) -> bool:
-        """False where the current stream is being recorded by somebody else."""
+    def begin(self) -> bool:
+        """Order what follows on the current stream after what used the buffers before.
 
-    def begin(self) -> None:
-        """Order what follows on the current stream after what used the buffers before."""
+        False, and nothing done, where the current stream is being recorded by somebody else.
+        """
 
     def keep(self, tensor: torch.Tensor) -> None:
         """The current stream reads this tensor, whichever it was allocated for: its memory must wait for that."""
@@ -56,19 +56,22 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.lock = threading.RLock()
         self._device = device
+        self._index = device.index if device.index is not None else torch.cuda.current_device()
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._last: torch.cuda.Stream | None = None
 
-    def usable(self) -> bool:
-        return not torch.cuda.is_current_stream_capturing()
-
-    def begin(self) -> None:
-        current = torch.cuda.current_stream(self._device)
-        if self._last is not None and self._last != current:
-            current.wait_stream(self._last)
-        self._last = current
+    def begin(self) -> bool:
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return False
+        last = self._last
+        # At nearly every call the stream is the one of the last: seen without making an object of it.
+        if last is None or torch._C._cuda_getCurrentRawStream(self._index) != last.cuda_stream:
+            self._last = torch.cuda.current_stream(self._device)
+            if last is not None:
+                self._last.wait_stream(last)
+        return True
 
     def keep(self, tensor: torch.Tensor) -> None:
         tensor.record_stream(torch.cuda.current_stream(self._device))

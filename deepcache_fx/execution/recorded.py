@@ -43,28 +43,35 @@ from deepcache_fx.graph.forecast import coefficients
 class _Input:
     """A static buffer and what was last copied into it."""
 
-    __slots__ = ("_buffer", "_shared", "_source", "_stamp", "tensor")
+    __slots__ = ("address", "shared", "source", "tensor", "version")
 
     def __init__(self, like: torch.Tensor) -> None:
         self.tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
         # Along an expanded dimension all elements are one: that one is written.
-        self._shared = [d for d in range(like.ndim) if like.stride(d) == 0 and like.shape[d] > 1]
-        self._buffer = self._narrow(self.tensor)
-        self._source: torch.Tensor | None = None
-        self._stamp: tuple[int, int] | None = None
+        self.shared = [d for d in range(like.ndim) if like.stride(d) == 0 and like.shape[d] > 1]
+        self.source: torch.Tensor | None = None
+        self.version: int | None = None
+        """The source's counter of changes in place; None where they are not counted."""
+        self.address = 0
+        """The source's, in case `source.data` is replaced."""
 
-    def fill(self, source: torch.Tensor) -> None:
-        # The counter of in-place changes, and the address in case `source.data` was replaced.
-        stamp = None if source.is_inference() else (source._version, source.data_ptr())
-        if source is self._source and stamp is not None and stamp == self._stamp:
-            return
-        self._buffer.copy_(self._narrow(source) if self._shared else source)
-        self._source, self._stamp = source, stamp
 
-    def _narrow(self, tensor: torch.Tensor) -> torch.Tensor:
-        for dimension in self._shared:
-            tensor = tensor.narrow(dimension, 0, 1)
-        return tensor
+def _fill(inputs: Sequence[_Input], sources: Sequence[torch.Tensor]) -> None:
+    """Copy what is not in the buffers yet."""
+    for item, source in zip(inputs, sources, strict=True):
+        if (
+            source is item.source
+            and item.version is not None
+            and source._version == item.version
+            and source.data_ptr() == item.address
+        ):
+            continue
+        target, values = item.tensor, source
+        for dimension in item.shared:
+            target, values = target.narrow(dimension, 0, 1), values.narrow(dimension, 0, 1)
+        target.copy_(values)
+        item.source, item.version = source, None if source.is_inference() else source._version
+        item.address = source.data_ptr()
 
 
 class _Prompt:
@@ -72,13 +79,11 @@ class _Prompt:
 
     def __init__(self, like: Values) -> None:
         self._inputs = tuple(map(_Input, like))
-        self._values: Values | None = None
+        self.values: Values | None = None
 
     def fill(self, values: Values) -> None:
-        if values is not self._values:  # nobody changes a prompt value in place
-            for item, value in zip(self._inputs, values, strict=True):
-                item.fill(value)
-            self._values = values
+        _fill(self._inputs, values)
+        self.values = values
 
     def buffers(self) -> list[torch.Tensor]:
         return _buffers(self._inputs)
@@ -139,7 +144,7 @@ class Recorded:
         order = self._called.order
         before = before if order else None
         with self._recorder.lock:
-            recording = self._recording("full") if self._begin("full", tensors, prompt) else None
+            recording = self._ready("full", tensors, prompt)
             if recording is None:
                 self._give_memory(before)
                 return self._called.full(step, tensors, prompt, before)
@@ -163,17 +168,24 @@ class Recorded:
     ) -> Sequence[Any]:
         name = self._called.cuts[cut].name
         with self._recorder.lock:
-            recording = self._recording(name) if self._begin(name, tensors, prompt) else None
+            recording = self._ready(name, tensors, prompt)
             if recording is None:
                 self._give_memory(feature)
                 return self._called.shallow(step, tensors, feature, prompt, cut)
-            self._move_in(feature)
-            self._weigh(step, feature, cut)
+            if feature.values is not None or self._resident() is not feature:
+                self._move_in(feature)
+            if self._forecast:
+                values = coefficients(step, feature.steps[cut], self._called.order)
+                if values != self._weighed.get(cut):
+                    for index, value in enumerate(values):
+                        self._forecast[cut][index].fill_(value)  # launches that nothing waits for
+                    self._weighed[cut] = values
             recording.replay()
             refreshed = self._called.cuts[cut].refreshed
             if refreshed:
                 self._called.note_refreshes(feature, step, refreshed)
-            return _cloned(recording.outputs)
+            outputs = recording.outputs
+            return [outputs[0].clone()] if len(outputs) == 1 else _cloned(outputs)
 
     def cuda_graphs(self) -> str:
         if self._failure is not None:
@@ -208,23 +220,26 @@ class Recorded:
             _copy(values, history[0])
         return leaves[: self._called.num_outputs]
 
-    def _begin(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> bool:
-        """Fill the buffers of a variant's inputs. False where the programs have to be called."""
-        if self._failure is not None or not self._recorder.usable():
-            return False
-        self._recorder.begin()
+    def _ready(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> Recording | None:
+        """The recording of a variant, with its inputs in place. None where the programs have to be called."""
+        if self._failure is not None or not self._recorder.begin():
+            return None
         known = self._prompts.get(name)
         if known is None:
             try:
                 self._make_buffers(name, tensors, prompt)
             except RuntimeError as error:  # out of memory, or an input that overlaps itself
                 self._failure = f"buffers: {first_line(error)}"
-                return False
+                return None
         else:
-            for item, tensor in zip(self._inputs, tensors, strict=True):
-                item.fill(tensor)
-            known.fill(prompt)
-        return True
+            _fill(self._inputs, tensors)
+            if prompt is not known.values:  # nobody changes a prompt value in place
+                known.fill(prompt)
+        addresses = tuple(map(torch.Tensor.data_ptr, self._weights[name]))
+        graph = self._graphs.get(name)
+        if graph is not None and graph.addresses == addresses:
+            return graph.recording
+        return self._record(name, addresses)
 
     def _make_buffers(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> None:
         with torch.inference_mode(False):  # else no later call outside of it could write them
@@ -241,18 +256,13 @@ class Recorded:
                 for like in self._cache_like
             )
             values = _Prompt(prompt)
-        for item, tensor in zip(self._inputs, tensors, strict=True):
-            item.fill(tensor)
+        _fill(self._inputs, tensors)
         values.fill(prompt)
         self._prompts[name] = values
 
-    def _recording(self, name: str) -> Recording | None:
-        """The recording of a variant; None where it cannot be recorded."""
-        addresses = tuple(map(torch.Tensor.data_ptr, self._weights[name]))
-        graph = self._graphs.get(name)
-        if graph is not None:
-            if graph.addresses == addresses:
-                return graph.recording
+    def _record(self, name: str, addresses: tuple[int, ...]) -> Recording | None:
+        """A new recording of a variant; None where it cannot be recorded."""
+        if name in self._graphs:
             self._moves += 1
             self._drop(name)
         if name == "full" or any(shallow.refreshed for shallow in self._called.cuts if shallow.name == name):
@@ -272,16 +282,6 @@ class Recorded:
             return None
         self._graphs[name] = _Graph(recording, addresses)
         return recording
-
-    def _weigh(self, step: int, feature: DeepFeature, cut: int) -> None:
-        """Set the weights of a cut's refreshes, by launches that nothing waits for."""
-        if not self._forecast:
-            return
-        values = coefficients(step, feature.steps[cut], self._called.order)
-        if values != self._weighed.get(cut):
-            for index, value in enumerate(values):
-                self._forecast[cut][index].fill_(value)
-            self._weighed[cut] = values
 
     def _drop(self, name: str) -> None:
         self._recorder.finish()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import operator
 import threading
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from deepcache_fx.errors import CaptureError, DeepCacheError
+from deepcache_fx.errors import CaptureError, DeepCacheError, Uncapturable
+from deepcache_fx.graph.containers import tensors_left
 from deepcache_fx.graph.lazy import computed
 from deepcache_fx.graph.signature import Call, CallReader
+from deepcache_fx.graph.weights import hold_own_weights, let_go_of_weights
 
 CAPTURE_LOCK = threading.RLock()
 """`torch.export` is not thread-safe: captures and compilations happen under this lock."""
@@ -31,9 +33,22 @@ class Captured:
 
     graph: fx.GraphModule
     out_spec: pytree.TreeSpec
+    is_tuple: bool = field(init=False)
+    """True where the model returns a plain tuple of leaves."""
+    is_leaf: bool = field(init=False)
+    """True where it returns a tensor."""
+
+    def __post_init__(self) -> None:
+        spec = self.out_spec
+        object.__setattr__(self, "is_tuple", spec.type is tuple and spec.num_nodes == spec.num_leaves + 1)
+        object.__setattr__(self, "is_leaf", spec.is_leaf())
 
     def outputs(self, leaves: Sequence[Any]) -> Any:
         """What the model would have returned: a tuple, or its output class."""
+        if self.is_tuple:
+            return tuple(leaves)
+        if self.is_leaf:
+            return leaves[0]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
     def with_graph(self, graph: fx.GraphModule) -> Captured:
@@ -41,16 +56,19 @@ class Captured:
 
 
 class _Original(torch.nn.Module):
-    """Calls the class's own forward, past whatever has been attached to the instance."""
+    """The class's own forward, past whatever has been attached to the instance, as a function of tensors alone.
 
-    def __init__(self, module: torch.nn.Module, model_class: type[torch.nn.Module]) -> None:
+    Everything else of the call is bound: in copies, which forward may write into.
+    """
+
+    def __init__(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
-        self.model = module
-        self.model_class = model_class
+        self.model = module  # before whose name those of its parameters stand in the graph
+        self.of_tensors = forward
         self.training = module.training
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model_class.forward(self.model, *args, **kwargs)
+    def forward(self, /, **tensors: torch.Tensor) -> Any:
+        return self.of_tensors(self.model, list(tensors.values()))
 
 
 def capture(
@@ -64,15 +82,30 @@ def capture(
 
     Raises:
         CaptureError: the model changes its own buffers or inputs, or `torch.export` cannot follow it.
+        Uncapturable: it leaves tensors in its arguments; calls like this one are refused by `reader` from now on.
     """
     model_class = model_class or type(module)
     # A tensor passed twice is one graph input to export: give every leaf an object of its own.
-    args, kwargs = reader.rebuild(call, [tensor.detach() for tensor in computed(call.tensors)])
+    tensors = [tensor.detach() for tensor in computed(call.tensors)]
+    named = dict(zip(call.tensor_names(), tensors, strict=True))
+    left: list[str] = []
+
+    def forward(model: torch.nn.Module, given: list[torch.Tensor]) -> Any:
+        args, kwargs = reader.rebuild(call, given)
+        result = model_class.forward(model, *args, **kwargs)
+        left.extend(tensors_left(args, kwargs, given))
+        return result
+
     with CAPTURE_LOCK, torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         try:
-            program = torch.export.export(_Original(module, model_class), args, kwargs, strict=False)
+            program = torch.export.export(_Original(module, forward), (), named, strict=False)
+            if left:
+                place = ".".join(part for part in left[0].split(".") if not part.isdigit())  # a list may grow
+                reason = f"{model_class.__name__} leaves a tensor in its argument ({place}), which a graph would not"
+                reader.refuse(call, reason)
+                raise Uncapturable(reason)
             if not _is_functional(program.graph):
                 program = program.run_decompositions({})
             signature = program.graph_signature
@@ -94,24 +127,54 @@ def capture(
     assert isinstance(graph_module, fx.GraphModule)
     out_spec = graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     flat = _flatten_border(graph_module, len(call.tensors))
+    hold_own_weights(flat, module)
+    let_go_of_weights(flat)
     return Captured(flat, out_spec)
 
 
-def refuse_layerwise_offload(module: torch.nn.Module) -> None:
-    """Raise a DeepCacheError where accelerate or diffusers bring weights in and out, or cast them, within a call."""
+def refuse_layerwise_offload(module: torch.nn.Module, device: torch.device | None = None) -> None:
+    """Raise a DeepCacheError where something brings weights in and out, or casts them, within a call.
+
+    That is accelerate, diffusers, ComfyUI or Forge. `device` is the call's: weights that are cast where they are can be
+    followed, and weights that lie elsewhere than the input cannot.
+    """
     for name, sub in module.named_modules():
+        label = name or "the model itself"
         for hook in getattr(sub.__dict__.get("_diffusers_hook"), "hooks", ()):
             raise DeepCacheError(
-                f"{name or 'the model itself'} of this {type(module).__name__} has diffusers' hook {hook!r}, which "
+                f"{label} of this {type(module).__name__} has diffusers' hook {hook!r}, which "
                 "acts within a call, where a graph of the whole cannot follow. Use enable_model_cpu_offload instead of "
                 "group offloading, and a model without layerwise casting and without diffusers' own caches"
             )
         hook = sub.__dict__.get("_hf_hook")
         if any(getattr(single, "offload", False) is True for single in getattr(hook, "hooks", (hook,))):
             raise DeepCacheError(
-                f"the weights of {type(module).__name__} are offloaded layer by layer ({name or 'the model itself'}): "
+                f"the weights of {type(module).__name__} are offloaded layer by layer ({label}): "
                 "sequential offload brings them in and out within a call, which no graph of the whole can follow. Use "
                 "enable_model_cpu_offload instead of enable_sequential_cpu_offload"
+            )
+        if any(hasattr(sub, mark) for mark in _CASTS_PER_CALL):
+            _refuse_weights_elsewhere(f"{label} of this {type(module).__name__}", sub, device)
+
+
+_CASTS_PER_CALL = ("comfy_cast_weights", "parameters_manual_cast")
+"""Attributes of layers that can cast their weights in every call: ComfyUI's and Forge's. Where they do, or have weight
+functions, they fetch them from wherever they are, too."""
+
+
+def _refuse_weights_elsewhere(label: str, layer: torch.nn.Module, device: torch.device | None) -> None:
+    if getattr(layer, "_v", None) is not None:
+        raise DeepCacheError(
+            f"{label} has its weights in ComfyUI's dynamic VRAM, which brings them in within a call, where a graph of "
+            "the whole cannot follow. Clone the model without it, clone(disable_dynamic=True), or start ComfyUI with "
+            "--disable-dynamic-vram"
+        )
+    for tensor in (*layer._parameters.values(), *layer._buffers.values()):
+        if tensor is not None and device is not None and tensor.device != device:
+            raise DeepCacheError(
+                f"{label} has its weights on {tensor.device} and its input on {device}: the model is loaded in part, "
+                "and its layers bring weights in within a call, where a graph of the whole cannot follow. Load it as a "
+                "whole: with more free memory, a smaller model or batch, or --highvram"
             )
 
 

@@ -12,6 +12,7 @@ this runs) suits LCM and other few-step samplers better: the noise they draw ane
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,8 @@ from passes.shared.rewrite import add_call
 aten = torch.ops.aten
 
 
-def coefficients(step: float, refreshes: Sequence[float], order: int) -> tuple[float, ...]:
+@functools.lru_cache(maxsize=4096)
+def coefficients(step: float, refreshes: tuple[float, ...], order: int) -> tuple[float, ...]:
     """The weights of the last refreshes at a step, newest first; `order` + 1 of them, and 0 where there is no refresh.
 
     Args:

@@ -26,8 +26,19 @@ def computed(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple([t.value() if isinstance(t, LazyTensor) else t for t in tensors])
 
 
-def all_computed(tree: Any) -> Any:
-    """Nested arguments of a call, with the values of the lazy tensors among them."""
+def all_computed(arguments: Any) -> Any:
+    """A tuple or a dictionary of arguments, with the values of the lazy tensors among them.
+
+    Where an argument holds none, it is the same object: what a model writes into it is there for who passed it.
+    """
+    if isinstance(arguments, dict):
+        return {name: _with_values(value) for name, value in arguments.items()}
+    return type(arguments)(map(_with_values, arguments))
+
+
+def _with_values(tree: Any) -> Any:
+    if not any(isinstance(leaf, LazyTensor) for leaf in pytree.tree_leaves(tree)):
+        return tree
     return pytree.tree_map(lambda leaf: leaf.value() if isinstance(leaf, LazyTensor) else leaf, tree)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Literal
 
 import torch
 from torch import fx
 
 from deepcache_fx.errors import BranchError
+from deepcache_fx.graph.channels import axis_readers, joins_channels
 from deepcache_fx.graph.macs import total_macs
 from deepcache_fx.schedules.branch import Branch
 from passes.shared.match import ancestors, is_op, tensor
+from passes.shared.operators import argument
 
 aten = torch.ops.aten
 
@@ -42,8 +44,9 @@ class SkipConnection:
 def find_skip_connections(graph: fx.Graph) -> tuple[SkipConnection, ...]:
     """All skip connections, shallowest first. Reads the dataflow alone: no class or attribute names.
 
-    A skip connection is a two-operand `cat` on axis 1 of a feature map whose operands share a convolution or linear
-    layer over feature maps (the trunk), one of them being computed through more than the other: that one is deep.
+    A skip connection is a two-operand `cat` on axis 1 of a feature map that is read as its channels (see `channels`)
+    and whose operands share a convolution or linear layer over feature maps (the trunk), one of them being computed
+    through more than the other: that one is deep.
     """
     found = []
     for node in reversed(list(graph.find_nodes(op="call_function", target=aten.cat.default))):
@@ -57,13 +60,57 @@ def find_skip_connections(graph: fx.Graph) -> tuple[SkipConnection, ...]:
     return tuple(result)
 
 
+def require_skip_connections(graph: fx.Graph, model: str) -> tuple[SkipConnection, ...]:
+    """`find_skip_connections`, where there must be one. `model` is for the error.
+
+    Raises:
+        BranchError: there is none; says which concatenations were looked at, and what reads them as what.
+    """
+    found = find_skip_connections(graph)
+    if found:
+        return found
+    message = (
+        f"{model} has no skip connection (a concatenation on the channel axis of a deep and a shallow feature): "
+        "DeepCache needs a U-Net"
+    )
+    others = list(islice(_other_cats(graph), 3))
+    if others:
+        message += f". What it joins are not shown to be channels on axis 1: {'; '.join(others)}. "
+        message += "Transformers have no cut yet"
+    raise BranchError(message)
+
+
+def _other_cats(graph: fx.Graph) -> Iterator[str]:
+    """Descriptions of the concatenations that join a deep and a shallow feature in another way, from the output."""
+    for cat in reversed(list(graph.find_nodes(op="call_function", target=aten.cat.default))):
+        output = tensor(cat)
+        if output is None or output.ndim < 3 or _deeper_operand(cat) is None:
+            continue
+        axis = _axis(cat)
+        readers = list(islice(axis_readers(cat, axis), 8))
+        told = dict.fromkeys(f"{reader.name} as its {reader.role}" for reader in readers if reader.role is not None)
+        untold = dict.fromkeys(reader.name for reader in readers)
+        yield (
+            f"{cat.name} on axis {axis} of {tuple(output.shape)}, read by "
+            f"{' and '.join(told) or ' and '.join(untold) or 'no operator'}"
+        )
+
+
 def _deep_operand(cat: fx.Node) -> fx.Node | None:
     output = tensor(cat)
-    operands = cat.args[0]
-    axis = cat.args[1] if len(cat.args) > 1 else 0
-    if output is None or output.ndim < 3 or not isinstance(operands, Sequence) or len(operands) != 2:
+    if output is None or output.ndim < 3 or _axis(cat) != 1 or not joins_channels(cat, 1):
         return None
-    if axis not in (1, 1 - output.ndim):
+    return _deeper_operand(cat)
+
+
+def _axis(cat: fx.Node) -> int:
+    return int(argument(cat, "dim")) % int(cat.meta["val"].ndim)
+
+
+def _deeper_operand(cat: fx.Node) -> fx.Node | None:
+    """Of two operands that share a trunk, the one that is computed through more than the other."""
+    operands = cat.args[0]
+    if not isinstance(operands, Sequence) or len(operands) != 2:
         return None
     first, second = operands
     assert isinstance(first, fx.Node)
@@ -106,11 +153,7 @@ def pick_branch(branches: Sequence[SkipConnection], branch: Branch, model: str) 
     Raises:
         BranchError: there is none such; names the range.
     """
-    if not branches:
-        raise BranchError(
-            f"{model} has no skip connection (a concatenation on the channel axis of a deep and a shallow feature): "
-            "DeepCache needs a U-Net"
-        )
+    assert branches, "see require_skip_connections"
     if isinstance(branch, int):
         if branch < len(branches):
             return branches[branch]

@@ -231,6 +231,11 @@ def _bytes(value: torch.Tensor) -> int:
     return value.numel() * value.element_size()
 
 
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """Another graph over the same weights."""
+    return _copy(module)[0]
+
+
 def _copy(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     graph = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}

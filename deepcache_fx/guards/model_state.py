@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
 from deepcache_fx.execution import memory_format
-from deepcache_fx.execution.compile import pick_backend
+from deepcache_fx.execution.compile import copies_weights, pick_backend
 from deepcache_fx.graph.capture import CAPTURE_LOCK
-from deepcache_fx.guards.fingerprint import Fingerprint
-from deepcache_fx.guards.side_effects import SideEffects
+from deepcache_fx.graph.weights import stamps
+from deepcache_fx.guards.fingerprint import Fingerprint, Settings
+from deepcache_fx.guards.side_effects import SideEffects, Watched
 from deepcache_fx.options import Options
 from passes.weight_layout import WeightLayout
 
@@ -26,14 +27,27 @@ class ModelState:
         self._format = memory_format.ChannelsLastWeights()
         self._fingerprint = Fingerprint()
         self._effects = SideEffects()
+        self._copied = False
+        self._values: list[tuple[int, int]] = []
 
-    def settings(self, module: torch.nn.Module, device: torch.device, *, thorough: bool) -> Hashable:
+    def settings(self, module: torch.nn.Module, device: torch.device, *, thorough: bool) -> Settings:
         """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first.
 
         `thorough` at the start of a run; within one settings alone are looked at, not PyTorch's own layers and weights.
         """
+        last = self._fingerprint.last
+        if not thorough and last is not None and last.module is module and last.settings_read.holds_settings():
+            settings = last.settings  # as at most calls
+        else:
+            settings = self._settings(module, device, thorough)
+        doubts = self._effects.doubts
+        return settings if not doubts else Settings((settings.structure, doubts), settings.weights)
+
+    def _settings(self, module: torch.nn.Module, device: torch.device, thorough: bool) -> Settings:
         if thorough and self.are_moved(device):
             self.layout.renew(module)
+        if thorough:
+            self._look_at_values(device)
         known = self._fingerprint.known(module, thorough=thorough)
         if known is not None:
             return known
@@ -45,23 +59,43 @@ class ModelState:
                 self._format.convert(module)
             return self._fingerprint.read(module)
 
+    def _look_at_values(self, device: torch.device) -> None:
+        """Where programs may hold copies of values, take weights that have been written into for others."""
+        self._copied = copies_weights(self._options, device)
+        if self._copied and stamps(self._fingerprint.weights()) != self._values:
+            with CAPTURE_LOCK:
+                self.note_values()
+                self._fingerprint.renumber()
+
+    def note_values(self) -> None:
+        """Take the values that the weights have now for those that programs were made with."""
+        if self._copied:
+            self._values = stamps(self._fingerprint.weights())
+
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """All of the model's, as last looked at (see `Fingerprint.weights`)."""
+        return self._fingerprint.weights()
+
+    def replace_weights(self, others: Mapping[int, torch.Tensor], module: torch.nn.Module) -> None:
+        """Arrange weights as those that they replace, given by the ids of those."""
+        self.layout.replace(others, within=module)
+
     @contextmanager
-    def watching(self, module: torch.nn.Module) -> Iterator[None]:
+    def watching(self, module: torch.nn.Module, also: Iterable[object] = ()) -> Iterator[Watched]:
         """Raise an Uncapturable where a graph of the module would leave out something that its forward does.
 
-        The block captures the module, whose settings have just been read.
+        The block captures the module, whose settings have just been read, and says so (`Watched.captured`). `also` are
+        functions and objects that forward is given as arguments.
         """
-        objects = self._fingerprint.objects()
-        self._effects.check(module, objects)
-        with self._effects.watching(objects):
-            yield
+        with self._effects.watching(module, self._fingerprint.objects(), also) as watched:
+            yield watched
 
     def are_moved(self, device: torch.device) -> bool:
         """True where programs are compiled for a device on which it matters how weights lie."""
         return device.type in memory_format.DEVICE_TYPES and pick_backend(self._options, device) != "eager"
 
     def keep_only(self, live: Collection[int]) -> None:
-        """Let go of parameters that the model no longer has; `live` are the ids of those it has."""
+        """Let go of weights that the model no longer has; `live` are the ids of those it has."""
         self.layout.keep_only(live)
 
     def restore(self) -> None:

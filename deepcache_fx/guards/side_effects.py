@@ -6,125 +6,211 @@ Attention processors that keep their maps for the pipeline (self-attention guida
 from __future__ import annotations
 
 import operator
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+import types
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import fx
 
 from deepcache_fx.errors import Uncapturable
 from deepcache_fx.guards.fingerprint import NOT_STATE, Same
+from deepcache_fx.guards.reached_code import CONTAINERS, Namespace, Reached, instance
+from deepcache_fx.guards.stray_tensors import remove_strays
 
-_Holder = tuple[type, str]
-"""A class, and an attribute of its instances."""
+_Holder = tuple[Hashable, str]
+"""What kind of thing, and the name in it: a class and an attribute of its instances, code and a variable of it."""
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+_DEPTH = 6
+_MANY = 10_000
+
+
+class Watched:
+    """A capture that is under way: whoever makes it says what came of it."""
+
+    def __init__(self) -> None:
+        self.graph: fx.GraphModule | None = None
+
+    def captured(self, graph: fx.GraphModule) -> None:
+        """The graph: it may hold FakeTensors of the capture, nothing else may."""
+        self.graph = graph
 
 
 class SideEffects:
-    """Refuses to capture where forward was seen to write into the Python objects of the model.
+    """Refuses to capture where forward was seen to write into Python objects: the model's, or others that it reaches.
 
-    A tensor that forward leaves in an object is enough. A plain value may be written once, as by a model that prepares
+    A tensor that forward leaves there is enough. A plain value may be written once, as by a model that prepares
     something at its first call; the second time it is refused.
     """
 
     def __init__(self) -> None:
         self._written: set[_Holder] = set()
-        self._refused: set[_Holder] = set()
-
-    def check(self, module: torch.nn.Module, objects: Iterable[object]) -> None:
-        """Raise an Uncapturable for hooks inside of `module`, and for classes that are known to write."""
-        for name, sub in module.named_modules():
-            for hook in (*sub._forward_hooks.values(), *sub._forward_pre_hooks.values()) if name else ():
-                origin = getattr(hook, "__module__", type(hook).__module__)  # torch's own, as weight_norm's, is pure
-                if not str(origin).startswith("torch."):
-                    label = getattr(hook, "__qualname__", type(hook).__name__)
-                    raise Uncapturable(f"layer {name} has a forward hook ({label}), which a graph would not call")
-        kinds = {type(item) for item in objects}
-        for kind, name in self._refused:
-            if kind in kinds:
-                raise Uncapturable(_reason(kind, name))
+        self._refused: dict[_Holder, str] = {}
+        self._strays: dict[frozenset[types.CodeType], str] = {}
+        """By all of the code that forward reaches: who held a FakeTensor after its capture."""
+        self.doubts = 0
+        """How often a plain value was written where the model's settings do not show it: to be captured once more."""
 
     @contextmanager
-    def watching(self, objects: Iterable[object]) -> Iterator[None]:
-        """Raise an Uncapturable where the block writes into one of these objects, and put back what was there."""
-        before = _Memory(objects)
+    def watching(
+        self, module: torch.nn.Module, objects: Iterable[object], also: Iterable[object] = ()
+    ) -> Iterator[Watched]:
+        """Raise an Uncapturable where the block, a capture, leaves something behind, and put back what was there.
+
+        Args:
+            module: The model.
+            objects: Every object of the model with attributes, itself and its submodules among them.
+            also: Whatever else the block may call or write into: functions that are arguments of the call, say.
+        """
+        objects = list(objects)
+        _refuse_hooks(module)
+        reached = Reached(also, objects, NOT_STATE)
+        own = [instance(item, NOT_STATE) for item in objects]
+        self._refuse_known(own, reached)
+        before = _Memory([*own, *reached.namespaces])
+        sizes = [memo.cache_info() for memo in reached.memos]
+        watched = Watched()
         try:
-            yield
+            yield watched
         except BaseException:
             before.bring_back()
             raise
+        finally:
+            for memo, size in zip(reached.memos, sizes, strict=True):
+                if memo.cache_info() != size:
+                    memo.cache_clear()  # it may remember results without values
+        reason = self._judge(before, {space.key for space in own})
+        strays = remove_strays(watched.graph) if watched.graph is not None else []
+        if strays and reason is None:
+            before.bring_back()
+            reason = self._strays[frozenset(reached.codes)] = _sentence(" and ".join(strays), None)
+        if reason is not None:
+            raise Uncapturable(reason)
+
+    def _refuse_known(self, own: Iterable[Namespace], reached: Reached) -> None:
+        if not self._refused and not self._strays:
+            return
+        keys = {space.key for space in (*own, *reached.namespaces)}
+        reasons = [reason for (key, _), reason in self._refused.items() if key in keys]
+        reasons += [self._strays[codes] for codes in [frozenset(reached.codes)] if codes in self._strays]
+        if reasons:
+            raise Uncapturable(reasons[0])
+
+    def _judge(self, before: _Memory, own: set[Hashable]) -> str | None:
+        """Why the capture counts for nothing, if so: then all is as it was."""
         written = before.written()
         if not written:
             before.bring_back()  # a scale that was multiplied and divided again, but for rounding
-        for holder, with_tensor in written:
-            if with_tensor or holder in self._written:
-                before.bring_back()
-                self._refused.add(holder)
-                raise Uncapturable(_reason(*holder))
-            self._written.add(holder)
+            return None
+        refused = {h: _sentence(label, h[1]) for h, label, tensor in written if tensor or h in self._written}
+        if refused:
+            before.bring_back()
+            self._refused |= refused
+            return next(iter(refused.values()))
+        self._written.update(holder for holder, _, _ in written)
+        self.doubts += any(key not in own for (key, _), _, _ in written)
+        return None
 
 
-def _reason(kind: type, name: str) -> str:
-    return f"{kind.__name__} keeps something of each call ({name}), which a graph would not"
+def _refuse_hooks(module: torch.nn.Module) -> None:
+    hooks = [
+        (f"layer {name}", hook)
+        for name, sub in module.named_modules()
+        if name
+        for hook in (*sub._forward_hooks.values(), *sub._forward_pre_hooks.values())
+    ]
+    everywhere = torch.nn.modules.module
+    for found in (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks):
+        hooks += [("every layer", hook) for hook in found.values()]
+    for place, hook in hooks:
+        origin = getattr(hook, "__module__", type(hook).__module__)  # torch's own, as weight_norm's, is pure
+        if not str(origin).startswith("torch."):
+            label = getattr(hook, "__qualname__", type(hook).__name__)
+            raise Uncapturable(f"{place} has a forward hook ({label}), which a graph would not call")
+
+
+def _sentence(label: str, name: str | None) -> str:
+    what = "" if name is None else f" ({name})"
+    return f"{label} keeps something of each call{what}, which a graph would not"
 
 
 class _Memory:
-    """The attributes of some objects, down through lists and dictionaries, as they are now."""
+    """What some names stand for, down through lists and dictionaries, as it is now."""
 
-    def __init__(self, objects: Iterable[object]) -> None:
-        self._containers: list[tuple[Any, Any]] = []
-        self._objects = [
-            (item, {name: (value, _state(value, self._containers)) for name, value in _own(item)}) for item in objects
+    def __init__(self, namespaces: Iterable[Namespace]) -> None:
+        self._containers: dict[int, tuple[Any, Any]] = {}
+        self._before = [
+            (space, {name: (value, _state(value, self._containers)) for name, value in space.items().items()})
+            for space in namespaces
         ]
 
-    def written(self) -> list[tuple[_Holder, bool]]:
-        """What has changed since, and whether a tensor was left there."""
+    def written(self) -> list[tuple[_Holder, str, bool]]:
+        """What has changed since: where, how to say that, and whether a tensor was left there."""
         found = []
-        for item, before in self._objects:
-            for name, value in _own(item):
-                if name not in before or before[name][1] != _state(value, []):
-                    found.append(((type(item), name), _holds_tensor(value)))
+        for space, before in self._before:
+            now = space.items()
+            for name in [name for name in before if name not in now]:
+                found.append(((space.key, name), space.label, False))
+            for name, value in now.items():
+                if name not in before or before[name][1] != _state(value, {}):
+                    found.append(((space.key, name), space.label, _holds_tensor(value)))
         return found
 
     def bring_back(self) -> None:
-        for item, before in self._objects:
-            for name, value in _own(item):
-                if name not in before:
-                    del item.__dict__[name]
-                elif value is not before[name][0]:
-                    item.__dict__[name] = before[name][0]
-        for container, copy in self._containers:
+        for space, before in self._before:
+            now = space.items()
+            for name in [name for name in now if name not in before]:
+                space.remove(name)
+            for name, (value, _) in before.items():
+                if name not in now or now[name] is not value:
+                    space.put(name, value)
+        for container, copy in self._containers.values():
             if not _same_items(container, copy):
                 container.clear()
-                (container.extend if isinstance(container, list) else container.update)(copy)
-
-
-def _own(item: object) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in item.__dict__.items() if name not in NOT_STATE]
+                (container.extend if isinstance(container, (list, deque)) else container.update)(copy)
 
 
 def _same_items(container: Any, copy: Any) -> bool:
     if isinstance(container, dict):
         return _same_items(list(container), list(copy)) and _same_items(list(container.values()), list(copy.values()))
+    if isinstance(container, set):
+        return bool(container == copy)
     return len(container) == len(copy) and all(map(operator.is_, container, copy))
 
 
-def _state(value: Any, containers: list[tuple[Any, Any]]) -> object:
+def _state(value: Any, containers: dict[int, tuple[Any, Any]], depth: int = _DEPTH) -> object:
     """Equal for equal plain values (floats: to 12 digits) and the same objects; notes lists and dictionaries."""
     if isinstance(value, (bool, int, str)):
         return (type(value), value)
     if isinstance(value, float):
         return f"{value:.12g}"
-    if type(value) in (dict, list, OrderedDict):
-        containers.append((value, value.copy()))
+    if not isinstance(value, (*CONTAINERS, tuple)) or depth == 0 or len(value) > _MANY:
+        return Same(value)
+    if not isinstance(value, tuple) and type(value) in CONTAINERS:
+        containers[id(value)] = (value, value.copy())
     if isinstance(value, dict):
-        return tuple((Same(key), _state(item, containers)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(_state(item, containers) for item in value)
-    return Same(value)
+        return tuple((Same(key), _state(item, containers, depth - 1)) for key, item in value.items())
+    if isinstance(value, set):
+        return frozenset(_state(item, containers, depth - 1) for item in value)
+    return tuple(_state(item, containers, depth - 1) for item in value)
 
 
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, (dict, list, tuple)):
-        return any(map(_holds_tensor, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, torch.Tensor)
+def _holds_tensor(value: Any, depth: int = _DEPTH) -> bool:
+    """True for tensors, and symbols that stand for a tensor's values, down through objects that were made of them."""
+    if isinstance(value, (torch.Tensor, *_SYMBOLS)):
+        return True
+    if depth == 0 or isinstance(value, (torch.nn.Module, type, types.ModuleType)):
+        return False
+    if isinstance(value, types.FunctionType):
+        inner: Iterable[Any] = [cell.cell_contents for cell in value.__closure__ or ()]
+    elif isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, (list, tuple, set, deque)):
+        inner = value
+    else:
+        inner = getattr(value, "__dict__", {}).values()
+    return any(_holds_tensor(item, depth - 1) for item in list(inner))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import chain, islice, repeat
+import types
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from operator import attrgetter, eq, is_
 from typing import Any
 
@@ -15,7 +17,18 @@ _version = attrgetter("_version")
 _STANDARD = tuple(torch.nn.Module().__dict__)
 """The attributes that every module has, and has first."""
 
-_END = (object(),)
+_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
+
+_EMPTY = object()
+
+_defaults = attrgetter("__defaults__", "__kwdefaults__")
+
+
+def _contents(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _EMPTY  # empty
 
 
 class Reading:
@@ -30,8 +43,11 @@ class Reading:
         self._types: list[type] = []
         self._names: list[object] = []
         self._values: list[object] = []
-        self._skipped: list[int] = []
-        self._own: list[object] = []
+        self._views: list[Iterable[object]] = []
+        """Of the attributes' dictionaries: they show what is there now."""
+        self._objects_at: list[int] = []
+        """Which of the values are told apart by identity alone."""
+        self._objects_kept: list[object] = []
         self._containers: list[Any] = []
         self._lengths: list[int] = []
         self._items: list[object] = []
@@ -39,24 +55,32 @@ class Reading:
         self._sets: list[tuple[set[Any], frozenset[Any]]] = []
         self._tensors: list[torch.Tensor] = []
         self._versions: list[int] = []
+        self._cells: list[types.CellType] = []
+        self._held: list[object] = []
+        self._functions: list[types.FunctionType] = []
+        self._defaults: list[object] = []
         self._weights: list[torch.Tensor] = []
         self._kinds: list[object] = []
         self._strides: list[object] = []
+        self._inner: list[tuple[torch.Tensor, str, object]] = []
 
     def attributes(self, owner: object) -> list[tuple[str, Any]]:
         """The instance attributes of an object."""
         items = list(_attributes(owner).items())
         names, values = [name for name, _ in items], [value for _, value in items]
         skipped = len(_STANDARD) if tuple(names[: len(_STANDARD)]) == _STANDARD else 0
+        for index, value in enumerate(values[skipped:], len(self._values) + skipped):
+            if type(value) not in _PLAIN:
+                self._objects_at.append(index)
+                self._objects_kept.append(value)
         self.objects.append(owner)
         self._types.append(type(owner))
+        self._views.append(_attributes(owner).values())
         self._names += names
         self._values += values
-        self._skipped.append(skipped)
-        self._own += values[skipped:]
         return items
 
-    def dictionary(self, value: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    def dictionary(self, value: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
         """What a dictionary holds."""
         items = list(value.items())
         if items:
@@ -86,6 +110,16 @@ class Reading:
         self._sets.append((value, items))
         return items
 
+    def function(self, value: types.FunctionType) -> list[object]:
+        """What a function's closure holds, and its defaults."""
+        cells = value.__closure__ or ()
+        held = [*map(_contents, cells)]
+        self._cells += cells
+        self._held += held
+        self._functions.append(value)
+        self._defaults += _defaults(value)
+        return [*held, *(value.__defaults__ or ()), value.__kwdefaults__]
+
     def tensor(self, value: torch.Tensor) -> int | None:
         """How often a tensor has been written into, where that is counted."""
         if value.is_inference():
@@ -102,32 +136,62 @@ class Reading:
         self._strides.append(stride)
         return (*kind, stride)
 
-    def holds(self, *, thorough: bool = True) -> bool:
-        """True where nothing of it has changed; without `thorough`, of objects no more than their own attributes."""
+    def inner(self, owner: torch.Tensor, name: str) -> Any:
+        """A tensor that another one wraps: `swap_tensors`, as `Module.to` does it, leaves the outer one the same."""
+        value = getattr(owner, name)
+        self._inner.append((owner, name, value))
+        return value
+
+    def holds(self) -> bool:
+        """True where nothing of it has changed."""
         try:
+            found = [*map(_attributes, self.objects)]
             return (
-                (self._same_entirely() if thorough else self._same_attributes())
-                and [*map(len, self._containers)] == self._lengths
-                and all(map(is_, chain.from_iterable(self._containers), self._items))
-                and not any(self._empty)
-                and all(value == items for value, items in self._sets)
-                and [*map(_version, self._tensors)] == self._versions
+                all(map(is_, map(type, self.objects), self._types))
+                and sum(map(len, found)) == len(self._values)
+                and all(map(is_, chain.from_iterable(map(dict.values, found)), self._values))
+                and [*chain.from_iterable(found)] == self._names
+                and all(map(eq, map(_kind, self._weights), self._kinds))
+                and all(map(eq, map(torch.Tensor.stride, self._weights), self._strides))
+                and self._are_contents_same()
             )
         except RuntimeError:  # a dictionary changed its size: another thread is at it
             return False
 
-    def _same_attributes(self) -> bool:
-        found = map(dict.values, map(_attributes, self.objects))
-        own = chain.from_iterable(map(islice, found, self._skipped, repeat(None)))
-        return all(map(is_, chain(own, _END), chain(self._own, _END)))  # not `all` of those that both have
+    def holds_settings(self) -> bool:
+        """True where no attribute has changed: asked at every call, so as quickly as it can be.
 
-    def _same_entirely(self) -> bool:
-        found = [*map(_attributes, self.objects)]
+        Plain values are compared as equal numbers are, the others by identity.
+        """
+        try:
+            values = [*chain.from_iterable(self._views)]
+            return (
+                values == self._values
+                and all(map(is_, map(values.__getitem__, self._objects_at), self._objects_kept))
+                and [*map(len, self._containers)] == self._lengths
+                and all(map(is_, chain.from_iterable(self._containers), self._items))
+                and not any(self._empty)
+                and [*map(_version, self._tensors)] == self._versions
+                and (not self._sets or self._are_sets_same())
+                and (not self._functions or self._are_functions_same())
+            )
+        except (RuntimeError, TypeError, ValueError):  # a dictionary is changing its size; arrays compare as arrays
+            return False
+
+    def _are_contents_same(self) -> bool:
         return (
-            all(map(is_, map(type, self.objects), self._types))
-            and sum(map(len, found)) == len(self._values)
-            and all(map(is_, chain.from_iterable(map(dict.values, found)), self._values))
-            and [*chain.from_iterable(found)] == self._names
-            and all(map(eq, map(_kind, self._weights), self._kinds))
-            and all(map(eq, map(torch.Tensor.stride, self._weights), self._strides))
+            [*map(len, self._containers)] == self._lengths
+            and all(map(is_, chain.from_iterable(self._containers), self._items))
+            and not any(self._empty)
+            and self._are_sets_same()
+            and [*map(_version, self._tensors)] == self._versions
+            and self._are_functions_same()
+            and all(getattr(owner, name, None) is value for owner, name, value in self._inner)
         )
+
+    def _are_functions_same(self) -> bool:
+        defaults = chain.from_iterable(map(_defaults, self._functions))
+        return all(map(is_, map(_contents, self._cells), self._held)) and all(map(is_, defaults, self._defaults))
+
+    def _are_sets_same(self) -> bool:
+        return all(value == items for value, items in self._sets)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from deepcache_fx.errors import BranchError, DeepCacheError, OptionError
+from deepcache_fx.errors import DeepCacheError, OptionError
 from deepcache_fx.graph.capture import capture
 from deepcache_fx.graph.macs import Macs, total_macs
 from deepcache_fx.graph.pass_order import apply_passes
 from deepcache_fx.graph.signature import CallReader, ExampleInputs
-from deepcache_fx.graph.skips import SkipConnection, find_skip_connections
+from deepcache_fx.graph.skips import SkipConnection, require_skip_connections
 from deepcache_fx.graph.split import Cost, plain_cost, refresh_costs
 from deepcache_fx.options import Options
 from deepcache_fx.planning.example_inputs import example_inputs as make_example_inputs
@@ -183,13 +183,11 @@ def plan(
     captured, _ = apply_passes(capture(unet, call, reader, model_class), Options())
     graph = captured.graph.graph
     full = total_macs(ancestors([graph.output_node()]))
-    found = find_skip_connections(graph)
+    found = require_skip_connections(graph, model_class.__name__)
     branches = tuple(
         _branch_plan(graph, branch, full, hoisted)
         for branch, hoisted in zip(found, refresh_costs(captured, found), strict=True)
     )
-    if not branches:
-        raise BranchError(f"{model_class.__name__} has no skip connection: DeepCache needs a U-Net")
     shapes = ", ".join(input_shapes(call.arguments))
     return Plan(model_class.__name__, shapes, str(call.sample.dtype).split(".")[-1], full, branches, intervals)
 

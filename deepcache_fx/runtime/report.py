@@ -107,6 +107,8 @@ class CompanionReport:
 
     model: str
     captures: int = 0
+    rebound: int = 0
+    """How often what was captured went on with other weights."""
     full_calls: int = 0
     shallow_calls: int = 0
     completed_calls: int = 0
@@ -140,6 +142,8 @@ class CompanionReport:
                 f"    last run: {self.last_run}, {self.last_run_macs / 1e9:.3g} GMAC instead of {total / 1e9:.3g} "
                 f"({self.last_run_macs_saved / total if total else 0:.1%} saved)"
             )
+        if self.rebound:
+            lines.append(f"    other weights {self.rebound} times, without a capture")
         for title, reasons in (("kept full", self.kept_full), ("own forward", self.original_reasons)):
             lines += [f"    {title}: {count} x {reason}" for reason, count in reasons.items()]
         for item in self.signatures:
@@ -182,6 +186,8 @@ class Report:
     signatures: tuple[CaptureReport, ...] = ()
     companions: tuple[CompanionReport, ...] = ()
     """The ControlNets of the pipelines that were optimised."""
+    rebound: int = 0
+    """How often what was captured went on with other weights, without a capture."""
 
     @property
     def capture_seconds(self) -> float:
@@ -226,6 +232,8 @@ class Report:
             lines.append(f"  last run: {self.last_run}")
         for title, reasons in (("forced full", self.forced_full), ("uncached", self.original_reasons)):
             lines += [f"  {title}: {count} x {reason}" for reason, count in reasons.items()]
+        if self.rebound:
+            lines.append(f"  other weights {self.rebound} times, without a capture")
         if self.timestep_syncs:
             lines.append(
                 f"  timestep read back from the device {self.timestep_syncs} times: pass the pipeline to optimize"
@@ -253,6 +261,7 @@ class Counts:
     """The running totals behind a report."""
 
     captures: int = 0
+    rebound: int = 0
     full: int = 0
     shallow: int = 0
     syncs: int = 0

@@ -10,7 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -18,30 +18,22 @@ from deepcache_fx.errors import DeepCacheError, ScheduleError, Uncapturable
 from deepcache_fx.execution.assemble import Entry, assemble
 from deepcache_fx.execution.compile import pick_backend
 from deepcache_fx.execution.cuda_graphs import Recorder
-from deepcache_fx.execution.programs import DeepFeature, PromptValues, Values
 from deepcache_fx.graph.capture import capture, refuse_layerwise_offload
 from deepcache_fx.graph.lazy import all_computed, computed
 from deepcache_fx.graph.listing import Listings
 from deepcache_fx.graph.pass_order import ToLayOut
 from deepcache_fx.graph.signature import Call, CallReader, UnsupportedInput
+from deepcache_fx.guards.fingerprint import Settings
 from deepcache_fx.guards.model_state import ModelState
 from deepcache_fx.options import Options
-from deepcache_fx.runtime.captures import find_or_make
-from deepcache_fx.runtime.pairing import Coming, Expectation, Handed, Pairing, pair
+from deepcache_fx.runtime.captures import find_or_make, is_at_hand
+from deepcache_fx.runtime.decision import StepDecision, decide
+from deepcache_fx.runtime.pairing import Coming, Expectation, Handed, pair
 from deepcache_fx.runtime.report import CaptureReport, CompanionReport, Counts, CutReport, Report
+from deepcache_fx.runtime.slots import NO_FEATURE, Slot, Slots
 from deepcache_fx.runtime.steps import StepTracker, Tick, position_of, value_position
 from deepcache_fx.schedules.branch import Branch
-
-
-@dataclass
-class Slot:
-    """The deep feature of one UNet call of a step, the entry that made it, and the step it was last refreshed in."""
-
-    entry: Entry
-    feature: DeepFeature
-    refreshed: int
-    pairings: Sequence[Pairing | None] = ()
-    """For each cut, how the ControlNet that runs before it feeds its shallow steps."""
+from deepcache_fx.schedules.schedule import Schedule
 
 
 class Watch(Protocol):
@@ -59,9 +51,39 @@ class Watch(Protocol):
 SHALLOW_LETTERS = "stuvwxyz"
 """By cut, what a shallow step is written as in `Report.last_run`."""
 
-_CHANGED = "inputs or settings changed within a run"
+_FAILURES_KEPT = 64
 
 _clock = itertools.count(1)
+
+
+class Observation(NamedTuple):
+    """What is known of a UNet call before anything runs."""
+
+    tick: Tick
+    is_scheduled: bool
+    """Whether the schedule makes the step full."""
+    branch: Branch | None
+    """Where the schedule lets a shallow step begin."""
+    entry: Entry
+    """The programs of the call's signature, under the settings that the model has now."""
+    slot: Slot
+    """That of the call's conditioning; a new one where there is none."""
+    missing: str | None
+    """Why no cached feature may be read."""
+
+
+_observation = functools.partial(tuple.__new__, Observation)
+"""Makes one of a tuple, without a Python call (as in `steps`)."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """The entry of a thread's last call, and what it was found by."""
+
+    settings: Settings
+    call: Hashable
+    generation: int
+    entry: Entry
 
 
 class ThreadState(threading.local):
@@ -69,12 +91,12 @@ class ThreadState(threading.local):
 
     def __init__(self) -> None:
         self.tracker = StepTracker()
-        self.slots: dict[int, Slot] = {}
-        self.refreshed = 0
-        self.prompts: dict[tuple[str, int], PromptValues] = {}
+        self.slots = Slots()
         self.trace: list[str] = []
-        self.answer: tuple[int, int | None, tuple[bool, Branch | None]] | None = None
-        self.settings: Hashable = None
+        self.answer: tuple[int, int | None, bool, Branch | None] | None = None
+        self.known: _Known | None = None
+        self.condition: Hashable = None
+        """What the caller says the next call is conditioned on."""
         self.expected = Expectation()
         self.last_heard = 0
 
@@ -85,17 +107,8 @@ class ThreadState(threading.local):
 
     def clear(self) -> None:
         """Let go of what earlier steps left."""
-        self.answer = None
+        self.answer = self.known = self.condition = None
         self.slots.clear()
-        self.prompts.clear()
-
-    def prompt(self, entry: Entry, variant: str, call: int, tensors: tuple[torch.Tensor, ...]) -> Values:
-        """What the variant's steps need of the prompt: computed now, unless this call of an earlier step has."""
-        stage = entry.prompts.get(variant)
-        if stage is None:
-            return ()
-        values = self.prompts[variant, call] = stage(tensors, self.prompts.get((variant, call)))
-        return values.values
 
 
 class Runtime:
@@ -104,13 +117,18 @@ class Runtime:
     def __init__(self, model_class: type[torch.nn.Module], options: Options) -> None:
         self.model_class = model_class
         self.options = options
-        self.reader = CallReader(model_class.forward)
+        self._names_branches = type(options.schedule).branch_at is not Schedule.branch_at
+        self.reader = CallReader(model_class.forward, options.ignore)
         self.counts = Counts()
         self.device: torch.device | None = None
         self.on_first_failure: Callable[[torch.nn.Module], object] = lambda module: None
         self._watches: list[Watch] = []
         self.model_state = ModelState(options)
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
+        self._failures: dict[Hashable, str] = {}
+        """By settings and call, why there are no programs, where such calls run uncached."""
+        self._generation = 0
+        """Grows with every capture: another one may have been given up for it."""
         self.recorders: dict[torch.device, Recorder] = {}
         self._state = ThreadState()
 
@@ -118,6 +136,7 @@ class Runtime:
         """Take over the programs of a runtime whose options differ in the schedule alone."""
         self._entries, self.recorders, self.model_state = before._entries, before.recorders, before.model_state
         self.counts.captures, self.device = before.counts.captures, before.device
+        self.counts.rebound = before.counts.rebound
 
     # What schedulers announce.
 
@@ -142,13 +161,15 @@ class Runtime:
         for watch in self._watches:
             watch.stop()
 
-    def run_announced(self, num_steps: int | None) -> None:
+    def run_announced(self, num_steps: int | None, *, by_caller: bool = False) -> None:
+        """A scheduler, or the caller, begins a run."""
         state = self._state
-        state.tracker.run_announced(num_steps)
+        state.tracker.run_announced(num_steps, by_caller=by_caller)
         state.expected.begin()
         state.last_heard = next(_clock)
 
     def step_ended(self) -> None:
+        """A scheduler, or the caller, ends a step."""
         self._state.tracker.step_ended()
         self._state.last_heard = next(_clock)
 
@@ -162,13 +183,14 @@ class Runtime:
         run = state.expected.runs + tick.new_run
         number = state.expected.next_call(run, tick.step)
         coming = Coming(run, tick.new_run, number, is_told)
-        slot = None if tick.new_run or not is_told else state.slots.get(number)
-        if slot is None or self._is_stale(state, slot):
+        slot = None if tick.new_run or not is_told else state.slots.usual(tick.step, number)
+        if slot is None or slot.refresh != state.slots.refresh:
             return coming
-        is_full, branch = self._kind(state, tick.step, tick.num_steps)
+        is_full, branch = self._scheduled(state, tick)
         if is_full:
             return coming
-        return replace(coming, is_shallow=True, pairing=slot.pairings[slot.entry.cuts[branch]])
+        pairing = slot.pairings[slot.entry.cuts[branch]] if slot.pairings else None
+        return replace(coming, is_shallow=True, pairing=pairing)
 
     def hand(self, call: int, handed: Handed) -> None:
         """What a companion's call returned; `call` is what `coming` said."""
@@ -178,22 +200,30 @@ class Runtime:
         """Grows: when this thread last heard of a scheduler."""
         return self._state.last_heard
 
+    def condition(self, key: Hashable) -> None:
+        """What this thread's next call is conditioned on."""
+        self._state.condition = key
+
     def reset(self) -> None:
         """Forget the current run of this thread."""
         self._state.forget()
 
-    # The step path.
+    # The step path: observe, decide, execute, commit.
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        reason = why_original(module, args, kwargs)
-        if reason is not None:
-            return self._original(reason, module, args, kwargs)
+        is_grad_enabled = torch.is_grad_enabled()
+        if is_grad_enabled or torch.compiler.is_compiling():
+            reason = why_original(module, args, kwargs)
+            if reason is not None:
+                return self._original(reason, module, args, kwargs)
         try:
             call = self.reader.read(module, args, kwargs)
         except UnsupportedInput as error:
             return self._original(str(error), module, args, kwargs)
         state = self._state
         try:
+            if not is_grad_enabled:
+                return self._step(state, module, call)
             with torch.no_grad():
                 return self._step(state, module, call)
         except Uncapturable as error:
@@ -203,100 +233,104 @@ class Runtime:
             raise
 
     def _step(self, state: ThreadState, module: torch.nn.Module, call: Call) -> Any:
-        self.go_on_watching()
+        seen = self._observe(state, module, call)
+        decision = decide(seen.is_scheduled, seen.branch, seen.tick.doubt, seen.missing)
+        leaves = self._full(state, seen, call) if decision.is_full else self._shallow(seen, decision.branch, call)
+        self._commit(state, seen, decision)
+        return seen.entry.captured.outputs(leaves)
+
+    def _observe(self, state: ThreadState, module: torch.nn.Module, call: Call) -> Observation:
+        """Which step and call it is, which programs serve it now, and which cached feature is its own."""
+        if self._watches:
+            self.go_on_watching()
         position = position_of(call.timestep)
-        if call.timestep is not None and call.timestep.numel() and state.tracker.needs_value(position):
+        if position is None and call.timestep is not None and state.tracker.needs_value(position, call.timestep):
             self.counts.syncs += 1
             position = value_position(call.timestep)
+        condition, state.condition = state.condition, None
         tick = state.tracker.observe(position, call.timestep, call.sample)
         if tick.new_run:
             state.clear()
             state.trace = []
             state.expected.runs += 1
             self._check_num_steps(module, tick)
-        wanted_full, branch = self._kind(state, tick.step, tick.num_steps)
-        handed = state.expected.handed.pop(tick.call, None)
-        if wanted_full:
-            self._have_settings_changed(state, module, call, thorough=tick.new_run)
-        state.settings, entry = self._entry(module, call, state.settings)
-        slot = state.slots.get(tick.call)
-        forced = tick.doubt
-        if slot is None or self._is_stale(state, slot):
-            forced = forced or "no cached feature for this call of the step"
-        elif slot.entry is not entry:
-            forced = forced or _CHANGED
-        if slot is not None and forced is None and not wanted_full:
-            # Settings are looked at once the device is at work. Where they have changed, what it computes, or fails to
-            # compute of weights that were moved with them, counts for nothing.
-            cut = entry.cuts[branch]
-            try:
-                leaves = self._shallow(state, entry, slot, cut, tick, call)
-            except Exception:
-                if not self._have_settings_changed(state, module, call):
-                    raise
-            else:
-                if not self._have_settings_changed(state, module, call):
-                    self.counts.shallow += 1
-                    self.counts.by_cut[entry.variants.cuts[cut].branch.index] += 1
-                    state.trace.append(SHALLOW_LETTERS[min(cut, len(SHALLOW_LETTERS) - 1)])
-                    return entry.captured.outputs(leaves)
-            forced, slot = _CHANGED, None  # the step may have refreshed caches of its feature: not to be forecast from
-        elif not wanted_full:
-            self._have_settings_changed(state, module, call)
-        if not wanted_full:
-            state.settings, entry = self._entry(module, call, state.settings)
-            self.counts.forced[str(forced)] += 1
-        elif tick.call == 0:
-            state.refreshed = tick.step  # a call that is missing from this step has no feature until the next
-        before = slot.feature if self.options.forecast and slot is not None and slot.entry is entry else None
-        state.slots.pop(tick.call, None)
-        slot = None  # else the old feature would be moved out of the way of the new one
-        tensors = computed(call.tensors)
-        prompt = state.prompt(entry, "full", tick.call, tensors)
-        leaves, feature = entry.programs.full(tick.step, tensors, prompt, before)
-        pairings = [pair(handed, call.tensors, tensors, reads) for reads in entry.reads]
-        state.slots[tick.call] = Slot(entry, feature, state.refreshed, pairings)
-        self.counts.full += 1
-        state.trace.append("F")
-        return entry.captured.outputs(leaves)
+        is_scheduled, branch = self._scheduled(state, tick)
+        entry = self._entry(state, module, call, begins_run=tick.new_run)
+        slots = state.slots
+        if is_scheduled and tick.call == 0:
+            slots.begin_refresh(tick.step)
+        slot = slots.find(entry, call, tick.step, tick.call, condition)
+        missing = None
+        if slot is None:
+            missing = slots.why_none(entry, tick.step, tick.call)
+            slot = slots.add(entry, call, condition)
+        elif slot.refresh != slots.refresh:
+            missing = NO_FEATURE
+        return _observation((tick, is_scheduled, branch, entry, slot, missing))
+
+    def _full(self, state: ThreadState, seen: Observation, call: Call) -> Sequence[Any]:
+        """The outputs of a full step, which leaves its deep feature in the slot."""
+        entry, slot, tick = seen.entry, seen.slot, seen.tick
+        tensors = call.tensors if call.is_plain else computed(call.tensors)
+        before, slot.feature = slot.feature if self.options.forecast else None, None  # let go of, unless it is read
+        prompt = slot.prompt(entry.prompts.get("full"), "full", tensors)
+        leaves, slot.feature = entry.programs.full(tick.step, tensors, prompt, before)
+        slot.renew(call)
+        slot.refresh = state.slots.refresh
+        handed = state.expected.handed.get(tick.call)
+        slot.pairings = [pair(handed, call.tensors, tensors, reads) for reads in entry.reads] if handed else ()
+        return leaves
 
     @staticmethod
-    def _shallow(state: ThreadState, entry: Entry, slot: Slot, cut: int, tick: Tick, call: Call) -> Sequence[Any]:
+    def _shallow(seen: Observation, branch: Branch | None, call: Call) -> Sequence[Any]:
         """The outputs of a shallow step. It changes nothing but the slot's feature."""
-        pairing = slot.pairings[cut]
-        tensors = computed(pairing.inputs(call.tensors) if pairing is not None else call.tensors)
-        prompt = state.prompt(entry, entry.names[cut], tick.call, tensors)
-        return entry.programs.shallow(tick.step, tensors, slot.feature, prompt, cut)
+        entry, slot = seen.entry, seen.slot
+        cut = entry.cuts[branch]
+        tensors = call.tensors
+        if not call.is_plain:
+            pairing = slot.pairings[cut] if slot.pairings else None
+            tensors = computed(pairing.inputs(tensors) if pairing is not None else tensors)
+        name = entry.names[cut]
+        prompt = slot.prompt(entry.prompts[name], name, tensors) if name in entry.prompts else ()
+        assert slot.feature is not None, "a slot without a feature is missing something"
+        return entry.programs.shallow(seen.tick.step, tensors, slot.feature, prompt, cut)
 
-    def _have_settings_changed(
-        self, state: ThreadState, module: torch.nn.Module, call: Call, *, thorough: bool = False
-    ) -> bool:
-        """True where the model's settings are others than when this thread looked last; they are known from now on."""
-        before = state.settings
-        state.settings = self.model_state.settings(module, call.sample.device, thorough=thorough)
-        return state.settings != before
+    def _commit(self, state: ThreadState, seen: Observation, decision: StepDecision) -> None:
+        """Remember the step that has been made."""
+        state.slots.use(seen.slot, seen.tick.step)
+        if state.expected.handed:
+            state.expected.handed.pop(seen.tick.call, None)
+        counts = self.counts
+        if decision.is_full:
+            counts.full += 1
+            state.trace.append("F")
+            if decision.reason is not None:
+                counts.forced[decision.reason] += 1
+            return
+        entry = seen.entry
+        cut = entry.cuts[decision.branch]
+        counts.shallow += 1
+        counts.by_cut[entry.variants.cuts[cut].branch.index] += 1
+        state.trace.append(SHALLOW_LETTERS[min(cut, len(SHALLOW_LETTERS) - 1)])
 
-    def _kind(self, state: ThreadState, step: int, num_steps: int | None) -> tuple[bool, Branch | None]:
+    def _scheduled(self, state: ThreadState, tick: Tick) -> tuple[bool, Branch | None]:
         """What the schedule says of a step: whether it is full, else where it begins.
 
         Asked once a step, for a function of the user's may keep count.
         """
-        if state.answer is None or state.answer[:2] != (step, num_steps):
+        step, num_steps = tick.step, tick.num_steps
+        answer = state.answer
+        if answer is None or answer[0] != step or answer[1] != num_steps:
             schedule = self.options.schedule
             is_full = step == 0 or schedule.is_full(step, num_steps)
-            branch = None if is_full else schedule.branch_at(step, num_steps)
+            branch = None if is_full or not self._names_branches else schedule.branch_at(step, num_steps)
             if branch is not None and branch not in schedule.branches:
                 raise ScheduleError(
                     f"{schedule} begins step {step} at branch {branch}, which its `branches` do not name: they are "
                     f"{schedule.branches}; None stands for the branch of optimize()"
                 )
-            state.answer = step, num_steps, (is_full, branch)
-        return state.answer[2]
-
-    @staticmethod
-    def _is_stale(state: ThreadState, slot: Slot) -> bool:
-        """True where this call of the step was missing from the last refresh."""
-        return slot.refreshed != state.refreshed
+            answer = state.answer = step, num_steps, is_full, branch
+        return answer[2], answer[3]
 
     def _check_num_steps(self, module: torch.nn.Module, tick: Tick) -> None:
         if tick.num_steps is None and self.options.schedule.needs_num_steps:
@@ -319,32 +353,67 @@ class Runtime:
 
     def prepare(self, module: torch.nn.Module, call: Call) -> Entry:
         """Capture and split for calls like this one, ahead of the first."""
-        return self._entry(module, call, self._look(module, call))[1]
+        return self._find_or_make(module, call, self._look(module, call))[1]
 
-    def _look(self, module: torch.nn.Module, call: Call) -> Hashable:
+    def _look(self, module: torch.nn.Module, call: Call) -> Settings:
         return self.model_state.settings(module, call.sample.device, thorough=True)
 
-    def _entry(self, module: torch.nn.Module, call: Call, settings: Hashable) -> tuple[Hashable, Entry]:
-        """The programs for calls like this one, captured now if there are none yet; and their settings."""
-        if (settings, call.key) not in self._entries:
+    def _entry(self, state: ThreadState, module: torch.nn.Module, call: Call, *, begins_run: bool) -> Entry:
+        """The programs for calls like this one, under the model's settings of now, which are looked at here alone."""
+        settings = self.model_state.settings(module, call.sample.device, thorough=begins_run)
+        known = state.known
+        if (
+            known is None
+            or known.settings is not settings
+            or known.call != call.key
+            or known.generation != self._generation
+        ):
+            settings, entry = self._find_or_make(module, call, settings)
+            known = state.known = _Known(settings, call.key, self._generation, entry)
+        return known.entry
+
+    def _find_or_make(self, module: torch.nn.Module, call: Call, settings: Settings) -> tuple[Settings, Entry]:
+        """The programs for calls like this one, captured now if there are none yet; and their settings.
+
+        Raises:
+            Uncapturable: there can be none, and such calls are to run uncached.
+        """
+        if not is_at_hand(self._entries, settings, call.key):
+            if self._failures and (settings.structure, call.key) in self._failures:
+                raise Uncapturable(self._failures[settings.structure, call.key])
             computed(call.tensors)  # now: what computes them may wait for a thread that waits to capture
-        return find_or_make(
-            self._entries,
-            settings,
-            call.key,
-            look=functools.partial(self._look, module, call),
-            make=functools.partial(self._make_entry, module, call),
-            keep_only=self.model_state.keep_only,
-            module=module,
-            limit=self.options.max_captures,
-        )
+        try:
+            return find_or_make(
+                self._entries,
+                settings,
+                call.key,
+                look=functools.partial(self._look, module, call),
+                make=functools.partial(self._make_entry, module, call),
+                model_state=self.model_state,
+                module=module,
+                limit=self.options.max_captures,
+                rebound=self._count_rebound,
+            )
+        except Uncapturable:
+            raise
+        except DeepCacheError as error:
+            if self.options.on_failure == "raise":
+                raise
+            if len(self._failures) >= _FAILURES_KEPT:
+                self._failures.clear()
+            self._failures[settings.structure, call.key] = str(error)
+            raise Uncapturable(str(error)) from error
+
+    def _count_rebound(self) -> None:
+        self.counts.rebound += 1
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
         try:
-            refuse_layerwise_offload(module)
-            with self.model_state.watching(module):
+            refuse_layerwise_offload(module, call.sample.device)
+            with self.model_state.watching(module, call.objects()) as watched:
                 captured = capture(module, call, self.reader, self.model_class)
+                watched.captured(captured.graph)
             to_lay_out = ToLayOut(self.model_state.layout, module, in_use=bool(self._entries))
             entry = assemble(
                 captured,
@@ -357,10 +426,11 @@ class Runtime:
         except Uncapturable:
             raise
         except DeepCacheError:
-            if not self.counts.captures:
+            if not self.counts.captures and self.options.on_failure == "raise":
                 self.on_first_failure(module)
             raise
         self.counts.captures += 1
+        self._generation += 1
         self.device = call.sample.device
         entry.seconds = time.perf_counter() - started
         return entry
@@ -400,6 +470,7 @@ class Runtime:
             schedule=str(self.options.schedule),
             backend=backend if isinstance(backend, str) else getattr(backend, "__name__", repr(backend)),
             captures=counts.captures,
+            rebound=counts.rebound,
             full_calls=counts.full,
             shallow_calls=counts.shallow,
             calls_by_branch=dict(sorted(counts.by_cut.items())),

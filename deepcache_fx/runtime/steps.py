@@ -1,17 +1,18 @@
 """Which denoising step a UNet call belongs to, and where one run ends and the next begins.
 
-Evidence, strongest first: what a pipeline's scheduler announces (`set_timesteps` begins a run, `step` ends a step); a
-timestep that is a view into the tensor of all timesteps, by its offset (no value is read, so nothing waits for a
-device); the timestep's value. In doubt a run begins anew, which costs one full step. What no evidence can tell apart:
-unrelated calls, without a scheduler, whose bare timesteps happen to fall like those of one run (see `api.reset`).
+Evidence, strongest first: what the caller says (`deepcache_fx.begin`, `step`), which decides alone; what a pipeline's
+scheduler announces (`set_timesteps` begins a run, `step` ends a step); a timestep that is a view into the tensor of all
+timesteps, by its offset (no value is read, so nothing waits for a device); the timestep's value. In doubt a run begins
+anew, which costs one full step. What no evidence can tell apart: unrelated calls, without a scheduler, whose bare
+timesteps happen to fall like those of one run (see `api.reset`).
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,8 +26,7 @@ _JUMP = 3.0
 """A value-only timestep that moves this many times further than the last move did begins a new run."""
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """A timestep's place in its sequence. Only positions with equal `source` compare."""
 
     source: object
@@ -35,6 +35,10 @@ class Position:
     """Offset in that storage, or the value."""
     remaining: int | None = None
     """How many timesteps there are from here on, where the storage tells."""
+
+
+_position = functools.partial(tuple.__new__, Position)
+"""Makes a Position of a tuple as `Position(...)` does, without a Python call: this runs at every UNet call."""
 
 
 def position_of(timestep: torch.Tensor | None) -> Position | None:
@@ -46,7 +50,8 @@ def position_of(timestep: torch.Tensor | None) -> Position | None:
         count = int(storage.nbytes()) // timestep.element_size()
         if count > 1:
             offset = int(timestep.storage_offset())
-            return Position((storage.data_ptr(), timestep.device, timestep.dtype), offset, count - offset)
+            source = (storage.data_ptr(), timestep.device, timestep.dtype)
+            return _position((source, offset, count - offset))
     if timestep.device.type == "cpu" and timestep.numel():
         return value_position(timestep)
     return None
@@ -57,8 +62,7 @@ def value_position(timestep: torch.Tensor) -> Position:
     return Position(None, float(timestep.reshape(-1)[0].item()))
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(NamedTuple):
     """What a UNet call is: call number `call` of step `step` of the current run."""
 
     step: int
@@ -67,6 +71,9 @@ class Tick:
     new_run: bool = False
     doubt: str | None = None
     """Why this call must be full whatever the schedule says."""
+
+
+_tick = functools.partial(tuple.__new__, Tick)
 
 
 class StepTracker:
@@ -78,34 +85,51 @@ class StepTracker:
     def reset(self) -> None:
         """Forget the run: the next call begins one."""
         self._active = False
+        self._told = False
         self._announced: int | None = None
         self._pending_run = False
         self._stepped = False
         self._position = self._timestep = self._sample = None
 
-    def run_announced(self, num_steps: int | None) -> None:
-        """The scheduler's `set_timesteps` was called."""
+    def run_announced(self, num_steps: int | None, *, by_caller: bool = False) -> None:
+        """The scheduler's `set_timesteps` was called, or a caller began a run whose every step it is going to end."""
         self._pending_run = True
+        self._told = by_caller
         self._announced = num_steps
         self._stepped = False
 
     def step_ended(self) -> None:
-        """The scheduler's `step` was called."""
+        """The scheduler's `step` was called, or the caller's step is over."""
         self._stepped = True
 
-    def needs_value(self, position: Position | None) -> bool:
+    def needs_value(self, position: Position | None, timestep: torch.Tensor | None = None) -> bool:
         """True where neither the scheduler nor the timestep tensor tells the step, so that its value must be read."""
+        if timestep is not None and not timestep.numel():
+            return False
         return position is None and not (self._pending_run or (self._active and self._hooked))
 
     def peek(self, position: Position | None, sample: object) -> tuple[Tick, bool]:
         """What a call made now would be, and whether a scheduler tells it. Nothing changes by asking."""
         tracker = copy.copy(self)
-        tick = tracker._place(position, sample)
+        tick = tracker.observe(position, None, sample)
         return tick, tracker._hooked
 
     def observe(self, position: Position | None, timestep: object, sample: object) -> Tick:
         """Place a UNet call. `timestep` and `sample` are kept alive so that their identity cannot be reused."""
-        tick = self._place(position, sample)
+        last = self._position
+        if (
+            self._active
+            and not self._pending_run
+            and not self._told
+            and last is not None
+            and position is not None
+            and position.source is not None
+            and position.source == last.source
+            and position.at - last.at == self._direction * self._stride
+        ):
+            tick = self._next_step()  # what `_place` would say: the next place of the same tensor
+        else:
+            tick = self._place(position, sample)
         self._position, self._timestep, self._sample = position, timestep, sample
         self._stepped = False
         return tick
@@ -113,6 +137,8 @@ class StepTracker:
     def _place(self, position: Position | None, sample: object) -> Tick:
         if self._pending_run or not self._active:
             return self._begin(position, hooked=self._pending_run)
+        if self._told:
+            return self._as_told(position)
         last = self._position
         if position is None or last is None:
             if position is not last or not self._hooked:
@@ -158,10 +184,22 @@ class StepTracker:
             left = position.at + 1 if self._direction < 0 else known
             known = math.ceil(left / self._stride)
         if hooked and self._announced is not None:
-            known = self._announced if known is None else min(known, self._announced)
+            known = self._announced if known is None or self._told else min(known, self._announced)
+        elif self._told:
+            known = None  # a place in some tensor says nothing of the caller's steps
         self._num_steps = known
         self._doubt: str | None = None
         return Tick(0, 0, self._num_steps, new_run=True, doubt=reason)
+
+    def _as_told(self, position: Position | None) -> Tick:
+        """A step is what lies between two that the caller ended, whatever the timestep is."""
+        if not self._stepped:
+            self._call += 1
+            return Tick(self._step, self._call, self._num_steps)
+        if self._num_steps is not None and self._step + 1 >= self._num_steps:
+            self._told = False
+            return self._begin(position, reason="more steps than the caller had announced")
+        return self._next_step()
 
     def _next_step(self) -> Tick:
         calls = self._call + 1
@@ -170,7 +208,7 @@ class StepTracker:
         self._doubt = None if settled else "a repeated timestep may have begun a new run"
         self._step, self._call = self._step + 1, 0
         self._calls_before, self._unsure = calls, False
-        return Tick(self._step, 0, self._num_steps, doubt=self._doubt)
+        return _tick((self._step, 0, self._num_steps, False, self._doubt))
 
     def _next_call(self, sample: object) -> Tick:
         self._call += 1

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import deepcache_fx
 from benchmarks.fidelity.__main__ import main as fidelity_main
 from benchmarks.fidelity.arms import all_arms, equal_macs_steps, nested, select
-from benchmarks.fidelity.cases import SAMPLERS, Case, Outcome, Row, RowsFile, Scores, is_rows_file, read_rows
+from benchmarks.fidelity.cases import Case, Outcome, Row, RowsFile, Scores, is_rows_file, read_rows
 from benchmarks.fidelity.class_conditional import ClassConditionalPipeline, load
 from benchmarks.fidelity.clock import CallTimer
 from benchmarks.fidelity.judges import fashion_judge, hub_judge, load_inception
@@ -29,12 +29,14 @@ from benchmarks.fidelity.metrics import PairDistance, Pairs, SetDistance, covera
 from benchmarks.fidelity.models import Model, UNetCost, load_model
 from benchmarks.fidelity.plots import pareto
 from benchmarks.fidelity.report import grouped, newest, write_report
+from benchmarks.fidelity.samplers import SAMPLERS
 from benchmarks.fidelity.setting import Setting, uniform_calls
 from benchmarks.fidelity.sweep import Sweep, Times, batches, total_seconds
 from benchmarks.fidelity.targets import targets
 from benchmarks.speed.report import is_results
 from deepcache_fx.cli.loading import LoadError
 from tests import models, small
+from tests.families import family
 
 CASE = Case("tiny", "0", "ddim", 6, 4, 0, 0, "float32", "cpu", "uncached", 1)
 FACTS = {"commit": "abc", "device_name": "a test", "date": "2026-01-01", "command": "pytest", "judge": "A judge"}
@@ -260,14 +262,15 @@ def test_caching_nothing_gives_the_same_images(sweep: Sweep) -> None:
     assert scores.identical == 1.0 or (scores.psnr or 0.0) > 100.0, "to rounding: exact passes may reorder sums"
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "ddim"])
+@pytest.mark.parametrize("sampler", family([name for name in SAMPLERS if name != "ddim"], "pndm"))
 def test_every_other_sampler_samples(sampler: str, sweep: Sweep) -> None:
     chosen = [case(arm, n, sampler=sampler, images=2) for arm, n in (("uncached", 1), ("repeat", 2))]
     sweep.run(chosen)
     repeat = sweep.file.rows[chosen[1].key]
     assert repeat.status == "measured", repeat.reason
     assert repeat.outcome is not None
-    assert repeat.outcome.calls == uniform_calls(7 if sampler == "pndm" else 6, 2)
+    calls = {"pndm": 7, "dpm++-sde": 11}.get(sampler, 6)  # PLMS begins with one more, the other makes two a step
+    assert repeat.outcome.calls == uniform_calls(calls, 2)
     assert repeat.outcome.notes == ()
 
 
@@ -304,7 +307,7 @@ def test_a_calibrated_schedule_is_asked_for_the_cost_of_the_uniform_one(
     assert asked["prompts"][:2] == ["a t-shirt", "a trouser"]
 
 
-@pytest.mark.parametrize("branch", [0, 1, 3])
+@pytest.mark.parametrize("branch", family([0, 1, 3], 1))
 def test_the_negative_control_hides_what_is_deeper_than_the_branch(branch: int, model: Model) -> None:
     unet = model.pipe.unet
     setting = Setting(model, case("zeroed", 2, branch=branch), model.cost(branch))

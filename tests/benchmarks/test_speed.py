@@ -39,6 +39,7 @@ from benchmarks.speed.targets import TARGETS, targets_table
 from deepcache_fx.execution import assemble
 from deepcache_fx.planning.presets import PRESETS, Preset
 from deepcache_fx.runtime.attach import runtime_of
+from tests.families import family, thorough
 
 CASE = Case("tiny", 8, 8, 1, "fp32", "cpu", 4, 1, 0, "eager")
 QUICK = Settings(rounds=1, pipeline_rounds=1, end_to_end_rounds=0, details=False)
@@ -82,7 +83,7 @@ def measured(arms: dict[str, Arm], tmp_path_factory: pytest.TempPathFactory) -> 
     return path, {row.case.arm: row for row in rows}
 
 
-@pytest.mark.slow
+@thorough
 def test_every_arm_has_a_row_with_numbers_or_a_reason(
     measured: tuple[Path, dict[str, Result]], arms: dict[str, Arm]
 ) -> None:
@@ -114,7 +115,7 @@ def test_what_is_compared_with_the_published_code_repeats_the_cached_feature() -
     assert set(orders.values()) == {0}
 
 
-@pytest.mark.slow
+@thorough
 def test_a_cached_run_is_full_and_shallow_in_turn_and_as_exact_as_the_published_code(
     measured: tuple[Path, dict[str, Result]],
 ) -> None:
@@ -136,7 +137,7 @@ def test_a_cached_run_is_full_and_shallow_in_turn_and_as_exact_as_the_published_
     assert rows["compile"].measured.error < 1e-6
 
 
-@pytest.mark.slow
+@thorough
 def test_the_bare_loop_and_the_pipeline_make_the_same_call_so_that_one_capture_serves_both(
     measured: tuple[Path, dict[str, Result]],
 ) -> None:
@@ -144,7 +145,7 @@ def test_the_bare_loop_and_the_pipeline_make_the_same_call_so_that_one_capture_s
     assert rows["ours-eager"].measured.notes == ()  # a second capture would be noted
 
 
-@pytest.mark.slow
+@thorough
 def test_the_control_takes_as_many_steps_as_a_cached_run_pays_for(measured: tuple[Path, dict[str, Result]]) -> None:
     _, rows = measured
     control = rows["eager-fewer-steps"]
@@ -154,7 +155,7 @@ def test_the_control_takes_as_many_steps_as_a_cached_run_pays_for(measured: tupl
     assert control.measured.error > 0.01
 
 
-@pytest.mark.slow
+@thorough
 def test_a_resumed_run_measures_only_what_is_missing(
     measured: tuple[Path, dict[str, Result]], arms: dict[str, Arm], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +185,6 @@ def test_a_resumed_run_measures_only_what_is_missing(
     assert not ResultsFile(copy).done(case("eager"), "another commit")
 
 
-@pytest.mark.slow
 def test_a_warm_start_is_measured_in_a_new_process(tmp_path: Path) -> None:
     facts = benchmarks.speed.setup._in_a_new_process(
         case("ours-compile", 2), "ours-compile", 2, tmp_path / "cache", "eager"
@@ -211,7 +211,7 @@ def test_what_a_control_runs_is_measured_along_without_a_row_of_its_own(tmp_path
     assert rows[0].derived.over_eager is not None
 
 
-@pytest.mark.slow
+@thorough
 def test_the_report_is_made_of_the_rows_and_rewrites_only_its_section_of_the_readme(
     measured: tuple[Path, dict[str, Result]], tmp_path: Path
 ) -> None:
@@ -349,13 +349,17 @@ TINY_DDPM = dict(
 
 @pytest.mark.parametrize(
     ("model", "config"),
-    [
-        ("sdxl", dict(TINY_SDXL, projection_class_embeddings_input_dim=6 * 8 + 16)),
-        ("sdxl-refiner", dict(TINY_SDXL, projection_class_embeddings_input_dim=5 * 8 + 32)),
-        ("svd", TINY_VIDEO),
-        ("ddpm-church", TINY_DDPM),
-        ("ldm4-imagenet", dict(benchmarks.speed.subjects.TINY.config, in_channels=3, out_channels=3)),
-    ],
+    family(
+        [
+            ("sdxl", dict(TINY_SDXL, projection_class_embeddings_input_dim=6 * 8 + 16)),
+            ("sdxl-refiner", dict(TINY_SDXL, projection_class_embeddings_input_dim=5 * 8 + 32)),
+            ("svd", TINY_VIDEO),
+            ("ddpm-church", TINY_DDPM),
+            ("ldm4-imagenet", dict(benchmarks.speed.subjects.TINY.config, in_channels=3, out_channels=3)),
+        ],
+        "sdxl-refiner",
+        "ddpm-church",
+    ),
 )
 def test_every_kind_of_model_runs_bare_and_through_its_own_pipeline(
     model: str, config: dict[str, object], monkeypatch: pytest.MonkeyPatch

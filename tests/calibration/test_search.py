@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from deepcache_fx.calibration.search import Candidate, Search, starts, uniform
 from deepcache_fx.errors import ScheduleError
 from deepcache_fx.schedules.patterns import Power, Uniform
+from tests.families import examples
 
 STEPS = 12
 
@@ -157,6 +158,7 @@ def test_deeper_steps_need_a_forecast_and_keep_to_the_number_of_trials() -> None
         assert (found is plain) == (orders == (0,))
 
 
+@examples(30)
 @given(st.integers(2, 30), st.data())
 def test_letters_tell_a_candidate(num_steps: int, data: st.DataObject) -> None:
     kinds = "F" + data.draw(st.text("Fst", min_size=num_steps - 1, max_size=num_steps - 1))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import types
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -177,11 +179,55 @@ def test_refuses_a_pipeline_that_takes_no_prompt() -> None:
         compare(DDPMPipeline(unet, DDPMScheduler()), prompts=["a cat"])
 
 
-def test_the_speedup_is_of_medians_and_its_range_of_neighbours_in_time() -> None:
+def timed(baseline: Sequence[float], optimized: Sequence[float], **changes: object) -> Comparison:
+    """Of 4 full and 6 shallow steps that cost a tenth: bound 2.17."""
     image = torch.zeros(1, 1, 16, 16)
-    found = small.comparison(image, image)
-    assert found.speedup == 5 / 2
+    return small.comparison(
+        image, image, baseline_seconds=tuple(baseline), optimized_seconds=tuple(optimized), **changes
+    )
+
+
+def reports(*backends: str) -> tuple[object, ...]:
+    return tuple(
+        types.SimpleNamespace(backend=name, forced_full={}, original_reasons={}, to_dict=dict) for name in backends
+    )
+
+
+def test_the_speedup_is_the_median_of_ratios_of_neighbours_in_time() -> None:
+    found = timed((4.0, 5.0, 9.0), (2.0, 2.0, 3.0))
+    assert found.ratios == (2, 2.5, 3)
+    assert found.speedup == 2.5
     assert found.speedup_range == (2, 3)
+
+
+def test_a_machine_that_slows_down_for_both_is_no_speedup_and_no_doubt() -> None:
+    found = timed((4.0, 12.0, 40.0), (2.0, 6.0, 20.0))
+    assert found.speedup == 2
+    assert found.doubts == ()
+
+
+def test_pairs_that_disagree_are_a_doubt() -> None:
+    assert timed((4.0, 4.0, 4.0), (2.0, 2.0, 2.9)).doubts == ()
+    (doubt,) = timed((4.0, 4.0, 4.0), (2.0, 2.0, 3.1)).doubts
+    assert "(1.29 to 2.00)" in doubt
+
+
+def test_a_speedup_far_beyond_the_arithmetic_is_a_doubt_however_often_it_was_seen() -> None:
+    assert timed((2.5, 2.5), (1.0, 1.0)).doubts == ()
+    for count in (1, 3):
+        (doubt,) = timed((16.0,) * count, (1.0,) * count).doubts
+        assert "differ by 16, the arithmetic by no more than 2.17" in doubt
+
+
+def test_a_compiled_backend_may_beat_the_arithmetic() -> None:
+    assert timed((5.0, 5.0), (1.0, 1.0), reports=reports("inductor")).doubts == ()
+    assert len(timed((5.0, 5.0), (1.0, 1.0), reports=reports("eager")).doubts) == 1
+
+
+def test_the_numbers_carry_their_doubts() -> None:
+    found = timed((40.0, 5.0), (2.0, 2.0))
+    assert found.to_dict()["doubts"] == list(found.doubts)
+    assert len(found.doubts) == 2
 
 
 def test_the_bound_of_two_models_weighs_them_by_their_arithmetic() -> None:

@@ -105,6 +105,12 @@ def test_labels_tell_a_slowdown_and_equal_images_by_name() -> None:
     assert below == ("deepcache_fx", "10.00 s", "2.00x slower", "identical images")
 
 
+def test_a_label_tells_no_speed_that_was_not_measured() -> None:
+    image = noise(1, 1, 8)
+    _, below = labels(small.comparison(image, image, baseline_seconds=(40.0, 9.0, 8.0)))
+    assert below == ("deepcache_fx", "2.00 s", "speed not measured", "identical images")
+
+
 def test_save_writes_what_the_ending_says(tmp_path: Path) -> None:
     image = Image.new("RGB", (4, 3), (200, 10, 10))
     for name, expected in (("a.png", "PNG"), ("a.JPG", "JPEG")):

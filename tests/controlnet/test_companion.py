@@ -17,6 +17,7 @@ from deepcache_fx.controlnet.deferred import DeferredTensor
 from deepcache_fx.execution import cuda_graphs
 from deepcache_fx.runtime.report import CompanionReport
 from tests.fake_graphs import FakeRecorder
+from tests.families import family
 from tests.oracles import REPEATING, TO_THE_BIT, CatOracle, agree, specified
 from tests.pipelines import CASES, Case, controlnet, one_controlnet
 from tests.whole.test_pipelines import expected, trace
@@ -35,7 +36,10 @@ def companion(pipe: Any) -> CompanionReport:
 @pytest.mark.parametrize("options", [TO_THE_BIT, REPEATING], ids=["bit", "default"])
 @pytest.mark.parametrize(
     "name",
-    ["one_controlnet", "several_controlnets", "controlnet_image_to_image", "controlnet_inpaint", "controlnet_xl"],
+    family(
+        ["one_controlnet", "several_controlnets", "controlnet_image_to_image", "controlnet_inpaint", "controlnet_xl"],
+        "several_controlnets",
+    ),
 )
 def test_a_controlnet_follows_the_schedule_of_its_unet(name: str, options: dict[str, Any]) -> None:
     """Three calls in turn: strengths, windows and sizes of a run change, and one capture serves."""
@@ -360,7 +364,7 @@ def test_a_setting_is_read_anew_in_a_run_that_nobody_announced(pipe: Any, monkey
         reorder("rgb")
 
 
-@pytest.mark.parametrize("step", [0, 1, 3])
+@pytest.mark.parametrize("step", family([0, 1, 3], 1))
 def test_a_run_interrupted_between_the_two_leaves_nothing_behind(pipe: Any, step: int) -> None:
     def interrupt(at: int, down: list[torch.Tensor], mid: torch.Tensor, x: torch.Tensor) -> Residuals:
         if at == step:

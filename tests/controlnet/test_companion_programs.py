@@ -20,6 +20,7 @@ from deepcache_fx.graph.split import RATES, split
 from deepcache_fx.options import Options
 from deepcache_fx.planning.presets import preset
 from deepcache_fx.runtime.pairing import Handed, pair
+from tests.families import thorough
 from tests.pipelines import controlnet
 
 READER = ConditioningReader(ControlNetModel.forward)
@@ -108,6 +109,7 @@ def test_the_weights_are_the_networks_own(network: ControlNetModel) -> None:
     assert {id(parameter) for parameter in entry.staged.parameters()} <= own
 
 
+@thorough
 def test_a_shallow_step_of_the_sd15_controlnet_is_a_third_of_a_percent() -> None:
     """Stable Diffusion 1.5 at 512x512 with guidance, cut at branch 0: what the README says. On the meta device."""
     chosen = preset("sd15")

@@ -136,6 +136,12 @@ def test_one_who_knows_gets_the_value_itself() -> None:
     assert source.asked == [False]
 
 
+def test_arguments_without_a_deferred_tensor_are_the_callers_own_objects() -> None:
+    mine: dict[str, Any] = {"kept": [VALUE]}
+    assert all_computed((mine, VALUE))[0] is mine
+    assert all_computed({"options": mine, "residual": [Source().tensor()]})["options"] is mine
+
+
 def test_a_computation_that_failed_is_asked_again_and_fails_again() -> None:
     def fail(by_operator: bool) -> list[torch.Tensor]:
         raise RuntimeError("gone")

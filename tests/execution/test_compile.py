@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 import pytest
@@ -110,3 +112,35 @@ def test_a_capture_serves_only_its_own_size() -> None:
         expected = denoise(eager, timesteps, size=size, batch=batch)
         torch.testing.assert_close(denoise(unet, timesteps, size=size, batch=batch), expected)
     assert deepcache_fx.report(unet).captures == 3
+
+
+class ThreeLayers(torch.nn.Module):
+    """The smallest U-Net: what Inductor generates for it is compiled in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.deep, self.last = (torch.nn.Linear(width, 4) for width in (4, 4, 8))
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        skip = self.first(x.transpose(1, -1)).transpose(1, -1) + timesteps[:, None, None, None] * context.mean() / 1000
+        deep = self.deep(skip.transpose(1, -1)).transpose(1, -1).relu()
+        return self.last(torch.cat([deep, skip], dim=1).transpose(1, -1)).transpose(1, -1)
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
+    reason="Inductor needs a C++ compiler on a CPU",
+)
+def test_inductor_gives_what_the_graphs_give_and_compiles_each_once() -> None:
+    """On real pipelines, against the published implementation: tests/whole/test_oracle.py."""
+    timesteps = torch.arange(950, -1, -100)
+    expected = denoise(deepcache_fx.optimize(ThreeLayers(), backend="eager", forecast=0), timesteps)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    unet = deepcache_fx.optimize(ThreeLayers(), backend="inductor", forecast=0)
+    for _ in range(3):
+        torch.testing.assert_close(denoise(unet, timesteps), expected, rtol=1e-4, atol=1e-4)
+        assert deepcache_fx.report(unet).last_run == "FssFssFssF"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

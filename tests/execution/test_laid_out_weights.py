@@ -20,6 +20,7 @@ from passes.weight_layout import lie_together
 from tests import models
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
+from tests.families import family, thorough
 from tests.graphs import error
 
 TIMESTEPS = torch.arange(950, -1, -50)
@@ -36,7 +37,7 @@ def on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_format, "DEVICE_TYPES", ("cpu",))
 
 
-@pytest.fixture(params=[False, True], ids=["called", "recorded"])
+@pytest.fixture(params=family([False, True], True), ids=["called", "recorded"])
 def recording(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param:
         monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", FakeRecorder)
@@ -175,7 +176,7 @@ def _assigned(unet: CompVisUNet) -> None:
 
 def _one_layer_replaced(unet: CompVisUNet) -> None:
     torch.manual_seed(7)
-    unet.middle_block[0].emb_layers[1] = torch.nn.Linear(32, 16)
+    unet.middle_block[0].emb_layers[1] = torch.nn.Linear(32, 16).eval()
 
 
 @torch.no_grad()
@@ -204,7 +205,7 @@ def test_whatever_happens_to_the_weights_between_runs_is_seen_by_the_next(record
     assert own_memory(unet)
 
 
-@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("step", family([2, 3], 2))
 def test_whatever_happens_to_the_weights_within_a_run_is_seen_by_the_next_step(step: int, recording: bool) -> None:
     """Step 2 is shallow, step 3 full."""
     unet, other = fused(), plain()
@@ -222,14 +223,24 @@ def test_whatever_happens_to_the_weights_within_a_run_is_seen_by_the_next_step(s
     assert deepcache_fx.report(unet).captures == 1
 
 
-@pytest.mark.parametrize("change", [_assigned, _one_layer_replaced])
-def test_replaced_weights_are_laid_out_anew(change: Callable[[CompVisUNet], None], recording: bool) -> None:
+@torch.no_grad()
+def _one_weight_replaced(unet: CompVisUNet) -> None:
+    layer = projections(unet)[1]
+    layer.weight = torch.nn.Parameter(layer.weight * 1.3)
+
+
+@pytest.mark.parametrize("change", family([_assigned, _one_layer_replaced, _one_weight_replaced], _assigned))
+def test_replaced_weights_are_laid_out_as_those_before(change: Callable[[CompVisUNet], None], recording: bool) -> None:
     unet, other = fused(), plain()
     denoise(unet, TIMESTEPS[:2])
+    before = list(unet.parameters())
     change(unet), change(other)
     for _ in range(2):
         assert close(denoise(unet, TIMESTEPS[:5]), denoise(other, TIMESTEPS[:5]))
-    assert deepcache_fx.report(unet).captures == 2
+    assert deepcache_fx.report(unet).captures == 1
+    assert lie_together([layer.weight for layer in _in_order(unet)])
+    kept = set(map(id, unet.parameters()))
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in before if id(p) not in kept)
     assert lie_together([layer.weight for layer in _in_order(unet)])
     deepcache_fx.restore(unet)
     assert own_memory(unet)
@@ -401,7 +412,7 @@ def test_an_adapter_loaded_fused_safely_and_unloaded_is_seen(unet: UNet2DConditi
     assert own_memory(unet)
 
 
-@pytest.mark.slow
+@thorough
 def test_inductor_reads_laid_out_weights(unet: UNet2DConditionModel) -> None:
     expected = steps(plain(copy.deepcopy(unet), branch=0))
     fused(unet, branch=0, backend="inductor")

@@ -42,7 +42,6 @@ def test_a_pass_runs_on_one_kind_of_step_alone(variant: Any) -> None:
     assert f"double_output ({variant})" in names
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["full", "shallow"])
 def test_tokens_merged_in_one_kind_of_step_equal_tomesd_switched_per_step(variant: Any) -> None:
     tomesd = pytest.importorskip("tomesd")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
@@ -20,6 +20,7 @@ from deepcache_fx.graph.signature import CallReader
 from passes import FuseGroupNorm, Pass, SplitOverCat, pass_name, run_passes
 from tests import models, small
 from tests.compvis import CompVisUNet
+from tests.families import examples
 from tests.graphs import check_metadata, error, unet_call
 from tests.oracles import REPEATING, CatOracle
 
@@ -100,7 +101,7 @@ def check_orders(captured: Captured, orders: list[list[int]]) -> None:
         check_order(captured, tuple(EXACT[number] for number in order))
 
 
-@settings(max_examples=6, deadline=None)
+@examples(2, 12)
 @given(
     width=st.integers(1, 3),
     mult=st.lists(st.integers(1, 3), min_size=1, max_size=2),
@@ -120,8 +121,7 @@ def test_passes_in_random_order_keep_the_function_of_a_random_unet(
     check_orders(capture_of(model, x, torch.full((2,), 7), context), orders)
 
 
-@pytest.mark.slow
-@settings(max_examples=8, deadline=None)
+@examples(2, 16)
 @given(
     groups=st.sampled_from([1, 2, 4]),
     widths=st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -158,8 +158,7 @@ def loop(call: Callable[..., torch.Tensor]) -> torch.Tensor:
     return x
 
 
-@pytest.mark.slow
-@settings(max_examples=6, deadline=None)
+@examples(2, 12)
 @given(disable=st.sets(st.sampled_from(default_names())), branch=st.integers(0, 3))
 def test_caching_is_exact_whichever_defaults_are_left_out(disable: set[str], branch: int) -> None:
     unet = CompVisUNet().requires_grad_(False)

@@ -12,6 +12,23 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deepcache_fx.graph.signature import CallReader, UnsupportedInput
+from tests.families import examples
+
+
+class Shut:
+    """Compares by value and shows none."""
+
+    __slots__ = ()
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return "closed"
+
+
+def endless() -> list[Any]:
+    items: list[Any] = []
+    items.append(items)
+    return items
 
 
 class Model(nn.Module):
@@ -103,8 +120,16 @@ def test_a_rebuilt_call_names_all_but_the_sample() -> None:
 
 
 def test_what_cannot_be_compared_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedInput, match=r"set \{1\} is neither a tensor nor hashable"):
-        key(X, 1, extra={1})
+    with pytest.raises(UnsupportedInput, match=r"argument extra cannot be part of a key: .*iterator .* used up"):
+        key(X, 1, extra={"a": iter([1])})
+    with pytest.raises(
+        UnsupportedInput, match=r"argument extra .*: Shut closed may change, and does not show what it holds"
+    ):
+        key(X, 1, extra=Shut())
+    with pytest.raises(UnsupportedInput, match=r"argument extra .*: it holds more than 2000 values, .*`ignore`"):
+        key(X, 1, extra=lambda: MANY)
+    with pytest.raises(UnsupportedInput, match=r"argument rest holds itself"):
+        key(X, 1, more=endless())
     with pytest.raises(UnsupportedInput, match="argument sample is no tensor but list"):
         key([X], 1)
 
@@ -114,6 +139,7 @@ def test_arguments_that_do_not_fit_are_a_type_error_as_ever() -> None:
         key(X)
 
 
+MANY = list(range(3000))
 NAMES = ("sample", "timestep", "states", "extra", "scale", "unknown")
 
 
@@ -125,6 +151,7 @@ def bind(function: Any, *call: Any) -> tuple[inspect.BoundArguments | None, str]
         return None, str(error)
 
 
+@examples(30)
 @given(st.integers(0, 7), st.sets(st.sampled_from(NAMES)))
 def test_the_quick_way_to_bind_arguments_agrees_with_pythons(positional: int, keywords: set[str]) -> None:
     class Plain(nn.Module):

@@ -9,7 +9,7 @@ from torch import fx
 from deepcache_fx.errors import BranchError
 from deepcache_fx.graph.capture import Captured, capture
 from deepcache_fx.graph.signature import CallReader
-from deepcache_fx.graph.skips import find_skip_connections, pick_branch
+from deepcache_fx.graph.skips import find_skip_connections, pick_branch, require_skip_connections
 from deepcache_fx.graph.split import RATES, keep_outputs, plain_cost, refresh_costs, split
 from passes.shared.match import is_op
 from tests import models
@@ -89,7 +89,7 @@ def test_the_deep_operand_is_found_on_either_side(deep_first: bool) -> None:
 def test_a_negative_channel_axis_is_the_channel_axis() -> None:
     b = Builder()
     skip = b.conv(b.input(1, 3, 4, 4), 4)
-    captured = b.captured(b.cat(b.conv(skip, 5), skip, axis=-3))
+    captured = b.captured(b.conv(b.cat(b.conv(skip, 5), skip, axis=-3), 3))
     assert len(find_skip_connections(captured.graph.graph)) == 1
 
 
@@ -122,10 +122,10 @@ def test_other_concatenations_are_no_skip_connections(case: str) -> None:
         joined = b.cat(b.conv(trunk, 4), b.conv(b.input(1, 3, 4, 4), 4))
     else:
         joined = b.cat(b.op(aten.sin.default, trunk), b.op(aten.cos.default, trunk))
-    captured = b.captured(joined)
+    captured = b.captured(b.conv(joined, 3) if joined.meta["val"].ndim == 4 else joined)
     assert find_skip_connections(captured.graph.graph) == ()
-    with pytest.raises(BranchError, match="no skip connection"):
-        pick_branch((), 0, "Model")
+    with pytest.raises(BranchError, match="Model has no skip connection"):
+        require_skip_connections(captured.graph.graph, "Model")
 
 
 def test_the_shallow_variant_has_no_deep_layer_and_both_give_the_whole_output() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable
@@ -12,9 +13,16 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
+import deepcache_fx
 from deepcache_fx.guards.fingerprint import Fingerprint, fingerprint
 from deepcache_fx.planning.presets import preset
 from tests import models
+from tests.compvis import CompVisUNet, denoise
+from tests.oracles import TO_THE_BIT
+
+
+class Own(nn.Parameter):
+    pass
 
 
 class Processor:
@@ -26,10 +34,12 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(2, 2)
+        self.twin = nn.Linear(2, 2)
         self.block = nn.ModuleDict({"a": nn.Conv2d(1, 1, 1)})
         self.scaling = {"default": 0.5}
         self.processor = Processor()
         self.register_buffer("table", torch.zeros(3))
+        self.register_buffer("other", torch.zeros(3), persistent=False)
 
 
 def scaled(model: Model, scale: float) -> Model:
@@ -85,12 +95,16 @@ CHANGES: dict[str, Callable[[Model], object]] = {
     "a new attribute": lambda m: setattr(m, "s1", 0.9),
     "a patched layer's forward": lambda m: setattr(m.layer, "forward", lambda x: x),
     "a diffusers configuration": lambda m: setattr(m, "_internal_dict", {"center_input_sample": True}),
-    "a replaced layer": lambda m: setattr(m, "layer", nn.Linear(2, 2)),
+    "a replaced layer": lambda m: setattr(m, "layer", nn.Linear(2, 2, bias=False)),
     "an added layer": lambda m: m.block.update({"b": nn.Identity()}),
     "a removed layer": lambda m: m.block.pop("a"),
-    "a replaced parameter": lambda m: setattr(m.layer, "weight", nn.Parameter(torch.zeros(2, 2))),
+    "a parameter of another shape": lambda m: setattr(m.layer, "weight", nn.Parameter(torch.zeros(3, 2))),
+    "a parameter of other strides": lambda m: setattr(m.layer, "weight", nn.Parameter(torch.zeros(2, 2).t())),
+    "a parameter of a class of its own": lambda m: setattr(m.layer, "weight", Own(torch.zeros(2, 2))),
     "another type": lambda m: m.half(),
-    "a replaced buffer": lambda m: setattr(m, "table", torch.ones(3)),
+    "a buffer of another type": lambda m: setattr(m, "table", torch.ones(3, dtype=torch.int64)),
+    "two names of one parameter": lambda m: setattr(m.twin, "weight", m.layer.weight),
+    "two names of one buffer": lambda m: setattr(m, "other", m.table),
 }
 
 
@@ -99,14 +113,47 @@ def test_is_seen(change: str) -> None:
     """Also by what is kept, which must not be taken to hold, and then reads what a new reading would."""
     model, kept = Model(), Fingerprint()
     before = fingerprint(model)
-    assert fingerprint(model) == before == kept.read(model)
+    assert fingerprint(model) == before == kept.read(model).structure
     assert kept.known(model, thorough=True) is kept.read(model)
     alive = [model.layer, model.processor, model.table, *model.parameters()]
     CHANGES[change](model)
     assert fingerprint(model) != before, alive
     assert kept.known(model, thorough=True) is None
-    assert kept.read(model) == fingerprint(model)
+    assert kept.read(model).structure == fingerprint(model)
     assert kept.known(model, thorough=True) is not None
+
+
+REPLACED: dict[str, Callable[[Model], object]] = {
+    "a parameter": lambda m: setattr(m.layer, "weight", nn.Parameter(torch.zeros(2, 2))),
+    "a parameter that is trained": lambda m: setattr(m.layer, "bias", nn.Parameter(torch.ones(2), requires_grad=False)),
+    "a buffer": lambda m: setattr(m, "table", torch.ones(3)),
+    "a buffer that is not stored": lambda m: setattr(m, "other", torch.ones(3)),
+    "a layer": lambda m: setattr(m, "layer", nn.Linear(2, 2)),
+    "all": lambda m: m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True),
+}
+
+
+@pytest.mark.parametrize("change", REPLACED)
+def test_other_weights_of_the_same_kind_are_the_same_structure_and_other_settings(change: str) -> None:
+    model, kept = Model(), Fingerprint()
+    before, old = kept.read(model), kept.weights()
+    REPLACED[change](model)
+    assert kept.known(model, thorough=True) is None
+    after, new = kept.read(model), kept.weights()
+    assert after != before
+    assert after.structure is before.structure
+    names = [*dict(model.named_parameters()).values(), *dict(model.named_buffers()).values()]
+    assert {id(tensor) for tensor in new} == {id(tensor) for tensor in names}
+    assert [one.shape for one in new] == [one.shape for one in old]
+    assert kept.known(model, thorough=True) is after is kept.read(model)
+
+
+def test_weights_that_are_numbered_anew_are_other_settings() -> None:
+    model, kept = Model(), Fingerprint()
+    before = kept.read(model)
+    kept.renumber()
+    assert kept.known(model, thorough=True) != before
+    assert kept.read(model).structure is before.structure
 
 
 SETTINGS = {
@@ -115,6 +162,7 @@ SETTINGS = {
     "a processor's list",
     "another processor",
     "a new attribute",
+    "training mode",
     "a diffusers configuration",  # where there was none
 }
 
@@ -194,3 +242,136 @@ def test_a_diffusers_unet_is_stable_and_its_settings_are_seen() -> None:
     seen.append(fingerprint(unet))
     assert len({*seen}) == len(seen) - (seen[-1] == seen[1])
     assert seen[0] != seen[1] != seen[2] != seen[3] != seen[4]
+
+
+class Closure:
+    """A function in a model, and what it holds."""
+
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+        def function(x: torch.Tensor, factors: tuple[float, ...] = (1.0,)) -> object:
+            return x, held, factors
+
+        def change(value: object) -> None:
+            nonlocal held
+            held = value
+
+        self.function, self.change = function, change
+
+
+class OfAUser:
+    scale = 1.0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+HOLDING: dict[str, tuple[object, Callable[[Closure], object]]] = {
+    "a plain value": (1.0, lambda c: c.change(2.0)),
+    "a list's item": ([1.0], lambda c: c.held.append(2.0)),
+    "a dictionary's item": ({"scale": 1.0}, lambda c: c.held.update(scale=2.0)),
+    "a tensor in place": (torch.ones(2), lambda c: c.held.mul_(2)),
+    "another tensor": (torch.ones(2), lambda c: c.change(torch.ones(2))),
+    "another object": (OfAUser(), lambda c: c.change(Processor())),
+    "an object's attribute": (OfAUser(), lambda c: setattr(c.held, "scale", 2.0)),
+    "a default": (None, lambda c: setattr(c.function, "__defaults__", ((2.0,),))),
+}
+"""What a closure holds, and how that becomes another."""
+
+FUNCTIONS: dict[str, Callable[[Model, Callable[..., object]], object]] = {
+    "a layer's forward": lambda m, f: setattr(m.layer, "forward", f),
+    "a processor": lambda m, f: setattr(m, "processor", f),
+    "a processor's attribute": lambda m, f: setattr(m.processor, "patch", f),
+    "an item of a list": lambda m, f: setattr(m, "patches", [f]),
+    "a partial": lambda m, f: setattr(m, "patch", functools.partial(f)),
+    "another closure": lambda m, f: setattr(m, "patch", lambda x: f(x)),
+    "a decorated function": lambda m, f: setattr(m, "patch", torch.no_grad()(f)),
+}
+"""Where a model has a function."""
+
+
+@pytest.mark.parametrize("where", FUNCTIONS)
+@pytest.mark.parametrize("what", HOLDING)
+def test_what_a_function_holds_is_a_setting(what: str, where: str) -> None:
+    held, change = HOLDING[what]
+    model, kept, closure = Model(), Fingerprint(), Closure(copy.deepcopy(held))
+    FUNCTIONS[where](model, closure.function)
+    before = kept.read(model)
+    assert fingerprint(model) == before.structure
+    assert kept.known(model, thorough=False) is before
+    change(closure)
+    assert kept.known(model, thorough=False) is None
+    assert kept.known(model, thorough=True) is None
+    assert kept.read(model).structure == fingerprint(model) != before.structure
+
+
+def test_an_equal_value_in_a_closure_is_no_change() -> None:
+    model, kept, closure = Model(), Fingerprint(), Closure(0.5)
+    model.patch = closure.function
+    before = kept.read(model)
+    closure.change(float("0.5"))
+    assert kept.read(model) is before
+
+
+def test_of_a_schedulers_steps_in_a_closure_nothing_is_noted() -> None:
+    """A library's object changes for reasons of its own, a new capture at every step would be the end of caching."""
+    model, kept, closure = Model(), Fingerprint(), Closure(models.scheduler())
+    model.patch = closure.function
+    before = kept.read(model)
+    closure.held.set_timesteps(7)
+    assert kept.known(model, thorough=True) is before
+
+
+def test_what_a_hook_of_the_whole_collects_is_no_setting() -> None:
+    model, kept, seen = Model(), Fingerprint(), []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    before = kept.read(model)
+    seen.append(1)
+    assert kept.known(model, thorough=True) is before
+    assert fingerprint(model) == before.structure
+
+
+def test_a_class_attribute_of_the_users_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kept = Model(), Fingerprint()
+    model.processor = OfAUser()
+    before = kept.read(model)
+    monkeypatch.setattr(OfAUser, "scale", 2.0)
+    assert kept.known(model, thorough=False) is None
+    assert kept.read(model) != before
+
+
+def test_a_bound_methods_object_is_a_setting() -> None:
+    model, kept, user = Model(), Fingerprint(), OfAUser()
+    model.patch = user.__call__
+    before = kept.read(model)
+    user.scale = 2.0
+    assert kept.known(model, thorough=False) is None
+    assert kept.read(model) != before
+
+
+def test_being_optimised_is_no_setting() -> None:
+    model = CompVisUNet()
+    before = fingerprint(model)
+    deepcache_fx.optimize(model)
+    assert fingerprint(model) == before
+
+
+def test_a_scale_in_a_closure_that_the_user_changes_is_in_the_next_image() -> None:
+    scale = 1.0
+
+    def patch(module: torch.nn.Module) -> None:
+        plain = module.forward
+        module.forward = lambda x: scale * plain(x)
+
+    model, expected = CompVisUNet(), CompVisUNet()
+    for unet in (model, expected):
+        patch(unet.middle_block[0].in_layers[2])
+    deepcache_fx.optimize(model, **TO_THE_BIT)
+    timestep = torch.tensor([500])
+    assert torch.equal(denoise(model, timestep), before := denoise(expected, timestep))
+    scale = 2.0
+    after = denoise(model, timestep)
+    assert torch.equal(after, denoise(expected, timestep))
+    assert not torch.equal(after, before)
+    assert deepcache_fx.report(model).captures == 2

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
@@ -16,6 +16,7 @@ from passes.fuse_linears import FuseLinears, bind, sibling_parameters
 from passes.merge_equal import MergeEqual
 from passes.shared.match import is_op
 from passes.weight_layout import WeightLayout
+from tests.families import examples
 from tests.graphs import GraphBuilder, captured_unet, check, check_metadata, error, targets
 
 aten = torch.ops.aten
@@ -222,7 +223,7 @@ def test_a_layer_whose_strides_matter_stays() -> None:
     assert "strides" in str(item.declined[0])
 
 
-@settings(max_examples=40, deadline=None)
+@examples(10)
 @given(
     outputs=st.lists(st.integers(1, 5), min_size=2, max_size=5),
     rows=st.integers(1, 60),

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import passes.kernels
+from tests.families import examples
 
 ours = torch.ops.deepcache_fx
 operators: ModuleType = importlib.import_module("passes.kernels.group_norm")
@@ -162,8 +163,9 @@ def assert_statistics(table: torch.Tensor, half: torch.Tensor, case: Case, start
     torch.testing.assert_close(table[1].double(), variance, rtol=2 * eps, atol=2 * distance**2 + distance * 2e-2 + eps)
 
 
+@pytest.mark.hypothesis
 def test_both_operators_in_pytorch_match_fp64() -> None:
-    @settings(deadline=None, max_examples=40)
+    @examples(10)
     @given(CASES)
     def check(case: Case) -> None:
         check_norm(case)
@@ -308,7 +310,7 @@ def test_tiles_are_whole_groups_in_16_byte_steps(group: int, groups: int, channe
 
 
 @needs_triton
-@settings(deadline=None)
+@examples(50)
 @given(st.integers(1, 20000), st.sampled_from([1, 4, 32]), st.integers(0, 200))
 def test_programs_share_all_rows_and_none_is_idle(size: int, block: int, most: int) -> None:
     from passes.kernels.group_norm_launch import share
@@ -448,7 +450,7 @@ def test_kernels_compile_for_hopper_and_read_in_16_byte_vectors(
 @compiled
 @pytest.mark.gpu
 def test_both_operators_on_a_gpu_match_fp64() -> None:
-    @settings(deadline=None, max_examples=60)
+    @examples(60)
     @given(CASES)
     def check(case: Case) -> None:
         check_norm(case, "cuda")

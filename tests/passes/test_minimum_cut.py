@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from passes.shared.minimum_cut import Network
+from tests.families import examples
 
 Edges = dict[tuple[int, int], int]
 POINTS = 6
@@ -48,7 +49,7 @@ edges = st.dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@examples(50)
 @given(edges)
 def test_no_cut_is_cheaper_and_none_as_cheap_is_smaller(edges: Edges) -> None:
     found = network(edges).sink_side(SOURCE, SINK)

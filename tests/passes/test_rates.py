@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
@@ -18,6 +18,7 @@ from passes import run_passes
 from passes.rates import Extracted, Partition, also_return, extract, partition
 from passes.shared.match import ancestors, is_op
 from passes.split_over_cat import SplitOverCat
+from tests.families import examples, thorough
 from tests.graphs import GraphBuilder, captured, captured_unet, check_metadata, error, targets
 
 aten = torch.ops.aten
@@ -313,7 +314,7 @@ def programs(draw: st.DrawFn) -> tuple[GraphBuilder, fx.Node, fx.GraphModule]:
     return b, deep, gm
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(programs(), st.booleans())
 def test_two_stages_compute_what_one_graph_does(
     program: tuple[GraphBuilder, fx.Node, fx.GraphModule], held: bool
@@ -329,7 +330,7 @@ def test_two_stages_compute_what_one_graph_does(
     assert {node for node in result.slow if node.target in work} <= set(result.moved)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(programs())
 def test_no_other_choice_holds_fewer_bytes(program: tuple[GraphBuilder, fx.Node, fx.GraphModule]) -> None:
     _, deep, gm = program
@@ -390,6 +391,7 @@ def test_the_refresh_stage_of_a_unet_is_what_the_deep_feature_alone_decides(inde
     assert sum(is_op(node, aten.conv2d.default) for node in result.moved) == 2
 
 
+@thorough
 @pytest.mark.parametrize(("name", "shallow", "saved"), [("sd15", 63.252, 0.1326), ("sdxl", 98.078, 0.3421)])
 def test_hoisting_saves_the_published_share_of_a_shallow_step(name: str, shallow: float, saved: float) -> None:
     """Branch 0 runs the outermost layers alone: without most of its inner ones, a UNet has the same shallow step."""

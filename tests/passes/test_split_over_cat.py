@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
@@ -15,6 +15,7 @@ from passes import run_passes
 from passes.shared.match import ancestors, is_op
 from passes.split_over_cat import SplitOverCat
 from tests.compvis import CompVisUNet
+from tests.families import examples
 from tests.graphs import GraphBuilder, captured, check, check_metadata, error, targets, unet_call, unet_of_two_levels
 
 aten = torch.ops.aten
@@ -273,7 +274,7 @@ def channels_and_groups(draw: st.DrawFn) -> tuple[int, int, int]:
     return draw(st.integers(1, total - 1)), total, groups if groups * size == total else 1
 
 
-@settings(max_examples=40, deadline=None)
+@examples(10)
 @given(
     channels=channels_and_groups(),
     alone=st.sampled_from([0, 1]),

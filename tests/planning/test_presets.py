@@ -11,6 +11,7 @@ from deepcache_fx import DeepCacheError
 from deepcache_fx.planning.plan import Plan, plan
 from deepcache_fx.planning.presets import PRESETS, Preset, build_unet, preset
 from deepcache_fx.schedules.patterns import Uniform
+from tests.families import family, thorough
 
 TINY = dict(
     _class_name="UNet2DModel",
@@ -42,7 +43,7 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", family(PRESETS, "sd15", "ddpm-cifar10"))
 def test_the_number_of_parameters_is_that_of_the_published_weights(name: str) -> None:
     count = sum(parameter.numel() for parameter in preset(name).build().parameters())
     published = PARAMETERS[name]
@@ -52,7 +53,7 @@ def test_the_number_of_parameters_is_that_of_the_published_weights(name: str) ->
         assert count == pytest.approx(published, rel=0.02)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", family(PRESETS, "sd15", "ddpm-cifar10"))
 def test_a_preset_on_the_meta_device_has_no_weights_and_evaluates(name: str) -> None:
     unet = preset(name).build()
     assert {parameter.device.type for parameter in unet.parameters()} == {"meta"}
@@ -83,7 +84,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", family(PRESETS, "sd15", "ddpm-cifar10"))
 def test_the_inputs_are_those_of_one_call_of_the_pipeline(name: str) -> None:
     item = preset(name)
     inputs = item.inputs(item.build(dtype=torch.float16))
@@ -107,8 +108,7 @@ GUIDED = {
 """The last: which part of the shallow steps of branch 0 depends on the cached feature alone."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", GUIDED)
+@pytest.mark.parametrize("name", family(GUIDED, "sd15"))
 def test_stable_diffusion_costs_what_is_known_to_a_tenth_of_a_gigamac(name: str) -> None:
     full, shallow, hoisted = GUIDED[name]
     found = planned(name)
@@ -129,8 +129,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", family(PUBLISHED, "ddpm-cifar10"))
 def test_the_papers_models_cost_what_the_paper_prints_within_two_per_cent(name: str) -> None:
     full, branch, num_steps, means = PUBLISHED[name]
     found = planned(name)
@@ -145,7 +144,7 @@ def test_church_and_bedroom_are_one_network() -> None:
     assert preset("ddpm-bedroom").config == preset("ddpm-church").config
 
 
-@pytest.mark.slow
+@thorough
 @pytest.mark.parametrize(("name", "layers"), [("sdxl-refiner", [3, 3, 3, 3]), ("svd", [3, 3, 3, 3])])
 def test_the_larger_presets_can_be_planned(name: str, layers: list[int]) -> None:
     branches = planned(name).branches

@@ -20,6 +20,7 @@ from deepcache_fx.execution.programs import PromptStage
 from deepcache_fx.runtime.attach import runtime_of
 from tests import small
 from tests.compvis import INPUTS, TIMESTEPS, CompVisUNet, denoise
+from tests.families import family
 from tests.oracles import REPEATING, TO_THE_BIT, agree
 
 
@@ -96,7 +97,7 @@ def test_no_value_is_read_in_the_unet_calls_of_a_pipeline() -> None:
     assert report(pipe.unet).last_run == "FssF"
 
 
-@pytest.mark.parametrize("stop", range(1, 8))
+@pytest.mark.parametrize("stop", family(range(1, 8), 2, 4))
 def test_a_run_abandoned_at_any_step_leaves_the_next_one_as_fresh(unet: CompVisUNet, stop: int) -> None:
     expected = fresh()
     deepcache_fx.optimize(unet, backend="eager")
@@ -104,7 +105,7 @@ def test_a_run_abandoned_at_any_step_leaves_the_next_one_as_fresh(unet: CompVisU
     assert torch.equal(denoise(unet, TIMESTEPS.clone()), expected)
 
 
-@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("step", family(range(5), 2))
 def test_a_call_that_raises_leaves_the_next_run_as_fresh(unet: CompVisUNet, step: int) -> None:
     expected = fresh()
     deepcache_fx.optimize(unet, backend="eager")
@@ -302,7 +303,7 @@ def test_replaced_weights_are_let_go(unet: CompVisUNet) -> None:
     unet.load_state_dict({k: v.clone() for k, v in unet.state_dict().items()}, assign=True)
     denoise(unet, TIMESTEPS[:2])
     gc.collect()
-    assert report(unet).captures == 2
+    assert report(unet).captures == report(unet).rebound == 1
     assert [reference for reference in old if reference() is not None] == []
 
 
@@ -446,8 +447,8 @@ def test_inputs_that_cannot_be_part_of_a_key_run_uncached(unet: CompVisUNet) -> 
             return super().forward(x, timesteps, context)
 
     model = deepcache_fx.optimize(Wrapper(), backend="eager")
-    with pytest.warns(UserWarning, match="set .* is neither a tensor nor hashable"), torch.no_grad():
-        out = model(**INPUTS, extra={"a", "b"})
+    with pytest.warns(UserWarning, match="argument extra cannot be part of a key"), torch.no_grad():
+        out = model(**INPUTS, extra=iter("ab"))
     with torch.no_grad():
         assert torch.equal(out, unet(**INPUTS))
 

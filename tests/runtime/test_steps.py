@@ -17,6 +17,7 @@ from deepcache_fx.runtime.steps import (
     position_of,
     value_position,
 )
+from tests.families import examples
 
 
 def feed(tracker: StepTracker, timesteps: list[torch.Tensor], samples: list[object] | None = None) -> list[Tick]:
@@ -233,6 +234,7 @@ def test_a_timestep_that_never_changes_holds_a_bounded_number_of_calls() -> None
     assert max(t.call for t in ticks) == MAX_CALLS_PER_STEP - 1
 
 
+@examples(30)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.data())
 def test_after_any_history_an_announced_run_counts_from_zero(lengths: list[int], data: st.DataObject) -> None:
     tracker = StepTracker()

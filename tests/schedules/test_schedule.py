@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepcache_fx.errors import BranchError, DeepCacheError, ScheduleError
 from deepcache_fx.schedules.patterns import Custom, Nested, Power, Steps, Uniform, Window, as_schedule
+from tests.families import examples
 
 
 @cache
@@ -55,7 +56,7 @@ def test_power_matches_the_indices_in_the_published_readme_setting() -> None:
     assert Power(5, power=1.4, center=15).full_steps(50) == published(50, 5, 15, 1.4)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(60)
 @given(
     num_steps=st.integers(2, 250),
     interval=st.integers(2, 20),
@@ -171,6 +172,7 @@ def test_nested_schedules_nest() -> None:
     assert [schedule.branch_at(n, None) for n in (1, 2, 4)] == [None, 1, 3]
 
 
+@examples(30)
 @given(st.integers(0, 5), st.integers(1, 9), st.integers(1, 9), st.integers(10, 40))
 def test_a_window_hands_its_inner_steps_on(start: int, interval: int, deeper: int, num_steps: int) -> None:
     inner = Nested(interval, {2: deeper})

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 import deepcache_fx
 from tests import models
+from tests.families import family, thorough
 from tests.oracles import REPEATING, TO_THE_BIT, specified
 from tests.whole.test_stacking import check_cached, check_works, difference, make_unet, oracle
 
@@ -53,8 +54,7 @@ def both(pipe: Any, folder: Path) -> None:
     pipe.set_adapters(["a", "b"], [0.5, 2.0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", family([False, True], True))
 def test_two_weighted_adapters_before_optimize(pipe: Any, adapters: Path, fused: bool) -> None:
     plain = oracle(pipe.unet)
     both(pipe, adapters)
@@ -88,7 +88,7 @@ def set_weights(pipe: Any) -> None:
     pipe.set_adapters(["a", "b"], [0.5, 2.0])
 
 
-@pytest.mark.slow
+@thorough
 def test_after_every_change_the_output_is_right_and_recaptures_are_counted(pipe: Any, adapters: Path) -> None:
     """What was there before is found again, and values that change in place need no capture."""
     with deepcache_fx.optimized(pipe.unet, interval=3, **REPEATING):
@@ -102,8 +102,7 @@ def test_after_every_change_the_output_is_right_and_recaptures_are_counted(pipe:
             assert deepcache_fx.report(pipe.unet).captures - before == recaptures, name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("prepared", family([True, False], True))
 def test_an_adapter_swapped_while_hot_is_seen_and_prepared_for_it_only_a_new_scale_is_captured(
     pipe: Any, adapters: Path, prepared: bool
 ) -> None:

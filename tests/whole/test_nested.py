@@ -15,6 +15,7 @@ from deepcache_fx.execution import cuda_graphs
 from tests import compvis, models
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
+from tests.families import family, thorough
 from tests.oracles import TO_THE_BIT, joins_channels
 from tests.pipelines import one_controlnet
 
@@ -95,7 +96,7 @@ def optimized(order: int, schedule: Schedule = SCHEDULE, **options: Any) -> Comp
     return deepcache_fx.optimize(CompVisUNet(), schedule=schedule, **{**options, "forecast": order})
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", family([0, 1, 2], 1))
 def test_equals_the_operands_replaced_in_plain_eager_code(order: int) -> None:
     unet = optimized(order, **TO_THE_BIT)
     result = denoise(unet, TIMESTEPS)
@@ -105,7 +106,7 @@ def test_equals_the_operands_replaced_in_plain_eager_code(order: int) -> None:
     assert found.calls_by_branch == {0: 11, 1: 2, 2: 3}
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", family([0, 1], 1))
 def test_hoisted_programs_are_close_to_the_plain_ones(order: int) -> None:
     """Order 0 to rounding; a forecast of what is past a norm is not the same polynomial, but close."""
     hoisted = denoise(optimized(order, backend="eager"), TIMESTEPS)
@@ -113,7 +114,7 @@ def test_hoisted_programs_are_close_to_the_plain_ones(order: int) -> None:
     assert (hoisted - plain).norm() < (1e-2 if order else 1e-5) * plain.norm()
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", family([0, 1, 2], 1))
 def test_recorded_steps_give_what_called_ones_give_to_the_bit(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", FakeRecorder)
     plain = optimized(order, backend="eager", cuda_graphs=False)
@@ -223,6 +224,7 @@ def test_a_calibrated_schedule_is_checked_wherever_it_stands() -> None:
             deepcache_fx.report(unet)
 
 
+@thorough
 def test_compiled_programs_that_are_not_recorded_follow_too_also_after_a_reset_of_the_compiler() -> None:
     schedule = Nested(4, {1: 2})
     expected = denoise(optimized(1, schedule, backend="eager"), TIMESTEPS[:9])
@@ -232,7 +234,7 @@ def test_compiled_programs_that_are_not_recorded_follow_too_also_after_a_reset_o
         torch.compiler.reset()
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", family([0, 1], 1))
 def test_a_controlnet_computes_what_each_depth_reads(order: int) -> None:
     schedule, options = Nested(6, {1: 2, 2: 3}), {**TO_THE_BIT, "forecast": order}
     followed, alone = one_controlnet(), one_controlnet()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 import deepcache_fx
-from tests import models
+from tests import models, small
+from tests.families import family, thorough
 from tests.oracles import REPEATING, TO_THE_BIT, agree, published, specified
 
 INTERVALS = (1, 2, 3, 5, 10)
@@ -29,12 +31,12 @@ COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 EXTRA = {"pndm": {"skip_prk_steps": True}}  # PLMS, as in Stable Diffusion's own configuration
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
+@pytest.fixture(scope="module", params=family(PIPELINES, "sd"))
 def pipe(request: pytest.FixtureRequest) -> Any:
     return PIPELINES[request.param]()
 
 
-@pytest.mark.parametrize("branch", range(9))
+@pytest.mark.parametrize("branch", family(range(9), 0))
 def test_every_branch_and_interval_gives_the_published_latents(pipe: Any, branch: int) -> None:
     expected = {}
     for interval in INTERVALS:
@@ -50,7 +52,7 @@ def test_every_branch_and_interval_gives_the_published_latents(pipe: Any, branch
             assert deepcache_fx.report(pipe).captures == 1
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", family(SCHEDULERS, "pndm"))
 def test_every_scheduler_gives_the_published_latents(pipe: Any, name: str) -> None:
     before = pipe.scheduler
     pipe.scheduler = SCHEDULERS[name].from_config(before.config, **EXTRA.get(name, {}))
@@ -92,6 +94,7 @@ def test_both_oracles_agree_where_both_are_right(pipe: Any) -> None:
         assert torch.equal(models.generate(pipe, STEPS), theirs)
 
 
+@thorough
 def test_layers_per_block_other_than_two_follow_block_and_layer() -> None:
     """`cache_branch_id % 3` of the published code holds for two layers per block alone; (block, layer) always."""
     pipe = models.sd_pipeline(models.sd_unet(layers_per_block=1))
@@ -105,7 +108,7 @@ def test_layers_per_block_other_than_two_follow_block_and_layer() -> None:
 
 
 def test_power_schedule_through_a_pipeline_is_full_at_the_published_indices() -> None:
-    pipe = models.sd_pipeline()
+    pipe = small.pipeline()
     schedule = deepcache_fx.Power(5, power=1.4, center=15)
     full = set(schedule.full_steps(50))
     with specified(pipe, full, 0):
@@ -117,7 +120,7 @@ def test_power_schedule_through_a_pipeline_is_full_at_the_published_indices() ->
 
 
 def test_fifty_steps_three_times_capture_once_and_run_the_shallow_variant() -> None:
-    pipe = deepcache_fx.optimize(models.sd_pipeline(), interval=5, backend="eager")
+    pipe = deepcache_fx.optimize(small.pipeline(), interval=5, backend="eager")
     latents = [models.generate(pipe, 50) for _ in range(3)]
     report = deepcache_fx.report(pipe)
     assert (report.captures, report.full_calls, report.shallow_calls, report.original_calls) == (1, 30, 120, 0)
@@ -128,24 +131,32 @@ def test_fifty_steps_three_times_capture_once_and_run_the_shallow_variant() -> N
     assert torch.equal(latents[0], latents[2])
 
 
-@pytest.mark.slow
+TWO_LEVELS = {"block_out_channels": (16, 32), "layers_per_block": 1}
+COMPILED: dict[str, Callable[[], Any]] = {
+    "smallest": small.pipeline,
+    "sd": lambda: models.sd_pipeline(
+        models.sd_unet(
+            **TWO_LEVELS,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+    ),
+    "sdxl": lambda: models.sdxl_pipeline(
+        models.sdxl_unet(
+            **TWO_LEVELS,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=1,
+            cross_attention_dim=2 * models.TEXT,
+        )
+    ),
+}
+
+
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="Inductor needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("kind", family(COMPILED))
 def test_inductor_gives_the_published_latents_within_1e_4_without_recompiling(kind: str) -> None:
-    small = {"block_out_channels": (16, 32), "layers_per_block": 1}
-    if kind == "sd":
-        blocks = {
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        }
-        pipe = models.sd_pipeline(models.sd_unet(**small, **blocks))
-    else:
-        blocks = {
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        }
-        unet = models.sdxl_unet(**small, **blocks, transformer_layers_per_block=1, cross_attention_dim=2 * models.TEXT)
-        pipe = models.sdxl_pipeline(unet)
+    pipe = COMPILED[kind]()
     with specified(pipe, {0, 3, 6, 9}, 0):
         expected = models.generate(pipe, STEPS)
     torch._dynamo.reset()

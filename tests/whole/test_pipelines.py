@@ -10,8 +10,9 @@ import torch
 
 import deepcache_fx
 from tests import small
+from tests.families import family
 from tests.oracles import TO_THE_BIT, specified
-from tests.pipelines import CASES, NO_CHECKER, PROMPT, SLOW, Case, Run, attentive, like_sd
+from tests.pipelines import CASES, NO_CHECKER, PROMPT, REPRESENTATIVES, Case, Run, attentive, like_sd
 
 INTERVAL = 3
 
@@ -37,9 +38,7 @@ def expected(case: Case, run: Run) -> torch.Tensor:
         return case(run)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
-)
+@pytest.mark.parametrize("name", family(CASES, *REPRESENTATIVES))
 def test_three_calls_in_turn_give_what_the_oracle_gives_with_the_calls_that_are_due(name: str) -> None:
     case = CASES[name]()
     oracle = [expected(case, run) for run in case.runs]

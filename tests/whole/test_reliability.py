@@ -32,6 +32,7 @@ from deepcache_fx.runtime.attach import runtime_of
 from tests import models, pipelines, small
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
+from tests.families import family, thorough
 from tests.oracles import TO_THE_BIT, CatOracle, published, specified
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -272,7 +273,6 @@ FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_6_a_timestep_in_any_form_by_position_or_keyword_is_a_step_of_a_loop_of_ones_own() -> None:
     unet, context = pipelines.unet(), torch.ones(2, 12, models.TEXT)
@@ -294,7 +294,7 @@ def test_6_a_timestep_in_any_form_by_position_or_keyword_is_a_step_of_a_loop_of_
     assert deepcache_fx.report(unet).captures == 5
 
 
-@pytest.mark.parametrize("how", ["flag", "callback", "unet"])
+@pytest.mark.parametrize("how", family(["flag", "callback", "unet"], "unet"))
 def test_7_after_an_interruption_at_any_step_the_next_run_is_as_fresh(how: str) -> None:
     """`pipe._interrupt`, a callback that raises, and Ctrl-C in the midst of the UNet."""
     pipe = small.pipeline()
@@ -357,7 +357,7 @@ def pressing_control_c(unet: torch.nn.Module, call: int) -> Iterator[None]:
         entry.programs = own
 
 
-@pytest.mark.parametrize("stop", range(1, 6))
+@pytest.mark.parametrize("stop", family(range(1, 6), 2))
 def test_7_an_abandoned_generator_leaves_nothing_to_the_next(stop: int) -> None:
     """A loop of one's own that yields after each step and is never finished."""
     unet = optimized()
@@ -484,7 +484,7 @@ KNOWN = {"freeu off", "weights loaded", "single precision"}
 """Changes that lead to a graph that is there already: no new capture."""
 
 
-@pytest.mark.slow
+@thorough
 def test_9_settings_of_the_model_are_not_baked_in_for_good() -> None:
     """One optimised UNet through all changes; each equals a plain one that was changed alike."""
     pipe, plain = (
@@ -528,8 +528,7 @@ class Halved(AttnProcessor):
         return super().__call__(*args, **kwargs) / 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what", WITHIN)
+@pytest.mark.parametrize("what", family(WITHIN, next(iter(WITHIN))))
 def test_9_a_setting_that_changes_within_a_run_shows_at_the_next_step(what: str) -> None:
     """As diffusers' IPAdapterScaleCutoffCallback changes it; one full step, and the schedule goes on."""
     case = pipelines.ip_adapter()
@@ -554,7 +553,7 @@ def test_9_a_setting_that_changes_within_a_run_shows_at_the_next_step(what: str)
     assert deepcache_fx.report(case.pipe).captures == 2
 
 
-@pytest.mark.slow
+@thorough
 def test_9_lora_is_seen_at_every_turn_and_recaptures_are_counted() -> None:
     """Add, scale, a second adapter, both, fuse, unfuse, remove: each equals a plain UNet that was changed alike."""
     peft = pytest.importorskip("peft")
@@ -640,7 +639,7 @@ def test_11_the_cache_engages_or_the_report_says_why_not() -> None:
     assert "gradients" in str(report)
 
 
-@pytest.mark.slow
+@thorough
 def test_12_eight_threads_twenty_generations_each_on_two_unets() -> None:
     """Four threads on each; sizes, batches, numbers of steps and prompts differ, and so do the intervals."""
     unets = [optimized(interval=interval) for interval in (2, 3)]
@@ -718,7 +717,6 @@ def test_12_two_generations_in_turn_on_two_threads_are_two_generations() -> None
     assert all(map(torch.equal, in_turn(), expected))
 
 
-@pytest.mark.slow
 def test_12_new_weights_and_moved_ones_meet_no_cache_of_the_old() -> None:
     unet, plain = optimized(), CompVisUNet()
     denoise(unet, TIMESTEPS, stop=2)  # warm, and abandoned
@@ -755,8 +753,7 @@ STAGES: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", family(STAGES, "capture", "compile"))
 def test_an_error_in_any_stage_leaves_the_model_as_it_was_and_the_next_attempt_works(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -789,7 +786,7 @@ def test_a_capture_that_fails_later_leaves_the_earlier_ones_working(monkeypatch:
     assert torch.equal(denoise(unet, TIMESTEPS, size=12), fresh(size=12))
 
 
-@pytest.mark.parametrize("recording", [0, 1])
+@pytest.mark.parametrize("recording", family([0, 1], 1))
 def test_a_recording_that_fails_is_called_instead_and_the_report_says_why(
     recording: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -816,7 +813,7 @@ NONSENSE: dict[str, dict[str, torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("nonsense", NONSENSE)
+@pytest.mark.parametrize("nonsense", family(NONSENSE, "another batch of context"))
 def test_inputs_that_make_no_sense_are_an_error_and_leave_nothing_behind(nonsense: str) -> None:
     """In the midst of a run: not one of them is answered from the cache, and the next run is as fresh."""
     unet = optimized()
@@ -855,7 +852,7 @@ def test_an_empty_batch_gives_what_the_model_gives() -> None:
 # Load.
 
 
-@pytest.mark.slow
+@thorough
 def test_signatures_that_keep_changing_are_bounded_and_what_is_dropped_is_freed() -> None:
     """Round after round of sizes, with room for fewer."""
     unet = optimized(max_captures=2)
@@ -879,7 +876,6 @@ def test_signatures_that_keep_changing_are_bounded_and_what_is_dropped_is_freed(
     assert deepcache_fx.report(unet).captures == 3 * len(sizes)
 
 
-@pytest.mark.slow
 def test_generation_after_generation_keeps_no_more_tensors() -> None:
     unet = optimized()
 
@@ -913,7 +909,7 @@ class TinyUNet(torch.nn.Module):
         return self.last(torch.cat([self.deep(self.deep(skip).relu()), skip], dim=1))
 
 
-@pytest.mark.slow
+@thorough
 def test_memory_does_not_grow_over_200_generations_of_twelve_signatures() -> None:
     """Room for eight: round after round is captured anew, and leaves nothing behind."""
     unet = deepcache_fx.optimize(TinyUNet(), 2, **TO_THE_BIT)
@@ -1020,7 +1016,6 @@ def test_a_users_own_hook_sees_every_call_and_may_change_the_output() -> None:
 # Saving, and what is read.
 
 
-@pytest.mark.slow
 def test_what_is_written_bears_no_trace_and_what_is_read_back_works(tmp_path: Any) -> None:
     pipe = small.pipeline()
     plain = generate(pipe)

@@ -18,6 +18,7 @@ import torch
 
 import deepcache_fx
 from tests.compvis import CompVisUNet
+from tests.families import family
 from tests.oracles import TO_THE_BIT, CatOracle
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(diffusers|numpy)")
@@ -114,6 +115,20 @@ ROWS = {
 }
 """Left out: what drives no UNet that predicts noise (flow matching, VQ diffusion, video transformers)."""
 
+REPRESENTATIVES = (
+    "ddim",
+    "pndm, plms only",
+    "pndm, runge-kutta first",
+    "euler ancestral",
+    "heun karras",
+    "dpm++ 2m",
+    "dpm++ 2s",
+    "unclip",
+    "lcm",
+    "edm euler",
+)
+"""One of each kind of loop: single calls, repeated timesteps, second order, several steps at once, other timesteps."""
+
 
 class UNet(CompVisUNet):
     """Called with a 0-d timestep, as diffusers' pipelines do."""
@@ -137,7 +152,7 @@ def unet(request: pytest.FixtureRequest) -> UNet:
     return unet
 
 
-@pytest.fixture(params=ROWS)
+@pytest.fixture(params=family(ROWS, *REPRESENTATIVES))
 def row(request: pytest.FixtureRequest) -> Row:
     row = ROWS[request.param]
     if row.needs and importlib.util.find_spec(row.needs) is None:
@@ -238,7 +253,22 @@ def test_runs_of_a_single_step_are_full(unet: UNet, row: Row) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["ddim", "ddpm", "pndm, plms only", "euler", "euler ancestral", "heun karras", "kdpm2", "dpm++ 2m", "unipc", "lcm"],
+    family(
+        [
+            "ddim",
+            "ddpm",
+            "pndm, plms only",
+            "euler",
+            "euler ancestral",
+            "heun karras",
+            "kdpm2",
+            "dpm++ 2m",
+            "unipc",
+            "lcm",
+        ],
+        "ddim",
+        "heun karras",
+    ),
 )
 def test_strength_windows_in_turn_begin_at_their_own_first_step(unet: UNet, name: str) -> None:
     """Image to image: the last part of the timesteps, another part at each call."""
@@ -253,7 +283,9 @@ def test_strength_windows_in_turn_begin_at_their_own_first_step(unet: UNet, name
 DESCENDING = [999, 900, 850, 500, 499, 498, 20, 1]  # steps of every length, as no spacing has
 
 
-@pytest.mark.parametrize("name", ["ddpm", "euler", "heun", "dpm++ 2m", "dpm++ 2s", "lcm", "tcd"])
+@pytest.mark.parametrize(
+    "name", family(["ddpm", "euler", "heun", "dpm++ 2m", "dpm++ 2s", "lcm", "tcd"], "ddpm", "heun")
+)
 def test_timesteps_of_ones_own_are_steps_whatever_their_distance(unet: UNet, name: str) -> None:
     row = ROWS[name]
     check(unet, make(row), 3, row.calls(len(DESCENDING)), lambda s: s.set_timesteps(timesteps=DESCENDING))
@@ -276,7 +308,12 @@ VALUES = {
 
 
 @pytest.mark.parametrize("form", VALUES.values(), ids=VALUES)
-@pytest.mark.parametrize("name", ["ddim", "ddim inverse", "euler", "euler karras", "dpm++ 2m karras", "unipc"])
+@pytest.mark.parametrize(
+    "name",
+    family(
+        ["ddim", "ddim inverse", "euler", "euler karras", "dpm++ 2m karras", "unipc"], "ddim inverse", "euler karras"
+    ),
+)
 def test_timesteps_given_by_value_are_steps(unet: UNet, name: str, form: Callable[[torch.Tensor], Any]) -> None:
     """Values that rise (an inversion) are understood at the second step: one more is full."""
     late = name == "ddim inverse"
@@ -304,7 +341,7 @@ def test_rising_timesteps_given_by_value_keep_the_number_of_steps_that_the_sched
     assert deepcache_fx.report(unet).shallow_calls > 0
 
 
-@pytest.mark.parametrize("name", ["heun", "kdpm2", "pndm, plms only"])
+@pytest.mark.parametrize("name", family(["heun", "kdpm2", "pndm, plms only"], "heun"))
 def test_a_timestep_that_is_repeated_by_value_is_never_shallower_than_specified(unet: UNet, name: str) -> None:
     """A bare value twice may be a second call of one step or a second step: taken for whichever is full."""
     scheduler, plain = make(ROWS[name]), make(ROWS[name])
@@ -330,7 +367,9 @@ def test_a_timestep_that_is_repeated_by_value_is_never_shallower_than_specified(
         assert torch.equal(actual, specified(plain, lambda call: call % 3 == 0))
 
 
-@pytest.mark.parametrize("name", ["heun", "kdpm2 karras", "pndm, plms only", "pndm, runge-kutta first", "dpm++ 2m"])
+@pytest.mark.parametrize(
+    "name", family(["heun", "kdpm2 karras", "pndm, plms only", "pndm, runge-kutta first", "dpm++ 2m"], "kdpm2 karras")
+)
 def test_guidance_in_two_calls_keeps_a_cache_each_also_where_timesteps_repeat(unet: UNet, name: str) -> None:
     """Two calls of batch one equal one call of batch two."""
     row = ROWS[name]

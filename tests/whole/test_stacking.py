@@ -27,6 +27,7 @@ from deepcache_fx import DeepCacheError
 from deepcache_fx.planning.example_inputs import example_inputs
 from passes.approximate import MergeTokens
 from tests import models, small
+from tests.families import family, thorough
 from tests.oracles import REPEATING, TO_THE_BIT, specified
 
 aten = torch.ops.aten
@@ -95,21 +96,19 @@ def quantize(unet: torch.nn.Module, config: str) -> None:
         changes(unet, lambda model: quantization.quantize_(model, getattr(quantization, config)()))
 
 
-@pytest.mark.slow
 def test_int8_weights_of_torchao_before_optimize() -> None:
     unet = make_unet()
     quantize(unet, "Int8WeightOnlyConfig")
     check_works(unet)
 
 
-@pytest.mark.slow
 def test_float8_weights_of_torchao_before_optimize() -> None:
     unet = make_unet()
     quantize(unet, "Float8WeightOnlyConfig")
     check_works(unet)
 
 
-@pytest.mark.slow
+@thorough
 def test_dynamic_int8_of_torchao_before_optimize_to_the_bit_without_passes() -> None:
     """With them a sum taken in another order may move an activation to the next of the 8-bit values."""
     unet = make_unet()
@@ -117,7 +116,7 @@ def test_dynamic_int8_of_torchao_before_optimize_to_the_bit_without_passes() -> 
     check_works(unet, 0.0, options={"disable": "all"})
 
 
-@pytest.mark.slow
+@thorough
 def test_dynamic_int8_of_torchao_before_optimize_within_the_error_of_quantising() -> None:
     unet = make_unet()
     exact = oracle(unet)
@@ -149,6 +148,7 @@ def test_a_lora_fused_before_optimize() -> None:
     check_works(unet)
 
 
+@thorough
 def test_a_loras_scale_that_is_given_with_the_call() -> None:
     unet = make_unet()
     load_lora(unet)
@@ -166,7 +166,6 @@ def test_a_loras_scale_that_is_given_with_the_call() -> None:
         assert all(torch.equal(call(scale), wanted) for scale, wanted in zip(scales, expected, strict=True))
 
 
-@pytest.mark.slow
 def test_a_lora_loaded_and_fused_and_unloaded_after_optimize() -> None:
     unet = make_unet()
     plain = oracle(unet)
@@ -192,7 +191,6 @@ def test_freeu_switched_on_before_optimize() -> None:
     check_works(unet)
 
 
-@pytest.mark.slow
 def test_freeu_switched_on_and_off_after_optimize() -> None:
     unet = make_unet()
     plain = oracle(unet)
@@ -232,14 +230,13 @@ class Sharpened:
         return attn.to_out[1](attn.to_out[0](mixed))
 
 
-@pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0, Sharpened])
+@pytest.mark.parametrize("processor", family([AttnProcessor, AttnProcessor2_0, Sharpened], Sharpened))
 def test_attention_processors(processor: type) -> None:
     unet = make_unet()
     unet.set_attn_processor(processor())
     check_works(unet)
 
 
-@pytest.mark.slow
 def test_an_attention_processor_set_after_optimize() -> None:
     unet = make_unet()
     with deepcache_fx.optimized(unet, interval=3, **REPEATING):
@@ -297,7 +294,7 @@ def test_merged_tokens_in_full_and_shallow_steps() -> None:
         check_cached(unet, expected)
 
 
-@pytest.mark.slow
+@thorough
 def test_merged_tokens_and_a_lora_and_freeu_at_once() -> None:
     tomesd = pytest.importorskip("tomesd", reason="the authors' implementation is not installed")
     unet = make_unet()

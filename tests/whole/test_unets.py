@@ -8,10 +8,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnAddedKVProcessor
 
 import deepcache_fx
 from tests import models
 from tests.compvis import CompVisUNet
+from tests.families import family
 from tests.oracles import REPEATING, TO_THE_BIT, CatOracle, agree
 
 Case = tuple[torch.nn.Module, Callable[[torch.Tensor], dict[str, Any]], tuple[int, ...]]
@@ -63,6 +65,36 @@ def class_embedding() -> Case:
     )
 
 
+def gligen() -> Case:
+    """Boxes join the tokens of self-attention, on axis 1."""
+    unet = models.sd_unet(layers_per_block=1, attention_type="gated")
+    for name, parameter in unet.named_parameters():
+        if "alpha" in name:  # zero before it is trained
+            torch.nn.init.ones_(parameter)
+
+    def conditions(x: torch.Tensor) -> dict[str, Any]:
+        boxes = {"boxes": torch.rand(len(x), 3, 4), "masks": torch.ones(len(x), 3)}
+        boxes["positive_embeddings"] = torch.randn(len(x), 3, models.TEXT)
+        context = torch.randn(len(x), 4, models.TEXT)
+        return {"encoder_hidden_states": context, "cross_attention_kwargs": {"gligen": boxes}}
+
+    return unet, conditions, (2, 4, 8, 8)
+
+
+def text_beside_the_image_in_attention() -> Case:
+    """Kandinsky 2 and unCLIP: keys and values of the text join those of the image, on axis 1."""
+    unet = models.sd_unet(
+        layers_per_block=1,
+        encoder_hid_dim=models.TEXT,
+        encoder_hid_dim_type="text_proj",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    )
+    unet.set_attn_processor(AttnAddedKVProcessor())
+    return unet, lambda x: {"encoder_hidden_states": torch.randn(len(x), 4, models.TEXT)}, (2, 4, 8, 8)
+
+
 def svd() -> Case:
     unet = diffusers.UNetSpatioTemporalConditionModel(
         sample_size=8,
@@ -104,8 +136,18 @@ def compvis() -> Case:
     return CompVisUNet(mult=(1, 2, 2), blocks=2), lambda x: {"context": torch.randn(len(x), 3, 6)}, (2, 4, 8, 8)
 
 
-CASES = (cifar10, church_and_bedroom, ldm4_imagenet, class_embedding, svd, text_to_video, compvis)
-BRANCHES = {compvis: (0, 2, 4, 8)}
+CASES = (
+    cifar10,
+    church_and_bedroom,
+    ldm4_imagenet,
+    class_embedding,
+    gligen,
+    text_beside_the_image_in_attention,
+    svd,
+    text_to_video,
+    compvis,
+)
+BRANCHES = {compvis: (0, 2, 4, 8), gligen: (5,), text_beside_the_image_in_attention: (5,)}
 
 
 @torch.no_grad()
@@ -127,7 +169,7 @@ def run(call: Callable[..., Any], case: Case, timesteps: torch.Tensor) -> torch.
     return x
 
 
-@pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", family(CASES, cifar10, ldm4_imagenet, compvis), ids=lambda make: make.__name__)
 def test_equals_the_operand_replaced_by_the_one_of_the_last_full_step(make: Callable[[], Case]) -> None:
     torch.manual_seed(0)
     case = make()

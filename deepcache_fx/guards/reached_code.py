@@ -1,0 +1,335 @@
+"""What Python code can write into beside the model's attributes: found by following the functions that it names.
+
+Closure cells, defaults, attributes of functions, class attributes, globals, and the objects bound or held there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import functools
+import sys
+import threading
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+LIBRARIES = frozenset(
+    {
+        *sys.stdlib_module_names,
+        "accelerate",
+        "deepcache_fx",
+        "diffusers",
+        "einops",
+        "huggingface_hub",
+        "numpy",
+        "passes",
+        "peft",
+        "safetensors",
+        "torch",
+        "torchao",
+        "torchvision",
+        "transformers",
+        "triton",
+        "xformers",
+    }
+)
+"""Their own code keeps nothing of a call: only what others put into it is followed."""
+
+CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
+
+_OBJECTS_OF_LIBRARIES = (types.SimpleNamespace, threading.local, argparse.Namespace, torch.nn.Module)
+_NO_STATE = (torch.Tensor, torch.dtype, torch.device, torch.Generator, str, bytes, int, float, complex, type(None))
+_DEPTH = 4
+_MANY = 1000
+_DUNDER = ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slots__", "__qualname__")
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """Some names, what they stand for now, and how to change that."""
+
+    label: str
+    """As a sentence about it begins."""
+    key: Hashable
+    """Equal for those that the same code writes into."""
+    items: Callable[[], dict[str, Any]]
+    put: Callable[[str, Any], object]
+    remove: Callable[[str], object]
+
+
+def is_library(name: object) -> bool:
+    """True for the name of a module that is followed no further."""
+    return isinstance(name, str) and name.partition(".")[0] in LIBRARIES
+
+
+def instance(item: Any, skipped: frozenset[str] = frozenset()) -> Namespace:
+    """The attributes of one object, in its dictionary and its slots."""
+    own: dict[str, Any] | None = getattr(item, "__dict__", None)
+    kind: Any = type(item)
+    slots = [name for cls in type(item).__mro__ for name, v in vars(cls).items() if _is_slot(v)]
+
+    def items() -> dict[str, Any]:
+        found = {} if own is None else {name: value for name, value in own.items() if name not in skipped}
+        return found | {name: getattr(item, name) for name in slots if hasattr(item, name)}
+
+    def put(name: str, value: Any) -> None:
+        if name in slots:
+            object.__setattr__(item, name, value)
+        elif own is not None:
+            own[name] = value
+
+    def remove(name: str) -> None:
+        if name in slots or isinstance(item, type):
+            delattr(item, name)
+        elif own is not None:
+            del own[name]
+
+    return Namespace(type(item).__name__, kind, items, put, remove)
+
+
+class Reached:
+    """Everything found by following these roots: functions, objects, classes, containers.
+
+    Raises nothing: what cannot be read is left out. A FakeTensor in a place that is not found is found otherwise (see
+    `stray_tensors`).
+    """
+
+    def __init__(self, roots: Iterable[Any], known: Iterable[Any] = (), skipped: frozenset[str] = frozenset()) -> None:
+        """`known` are objects whose attributes are watched anyway; `skipped` attributes of others are not."""
+        self.namespaces: list[Namespace] = []
+        self.memos: list[Any] = []
+        """Memoized functions (`functools.lru_cache`)."""
+        self.codes: set[types.CodeType] = set()
+        self._skipped = skipped
+        self._seen: dict[int, Any] = {}
+        self._classes: set[int] = set()
+        self._globals: dict[int, tuple[str, Any, set[str]]] = {}
+        self._queue: deque[tuple[Any, int]] = deque()
+        known = list(known)
+        self._seen.update((id(item), item) for item in known)
+        for item in known:
+            for value in item.__dict__.values():
+                if not isinstance(value, (*_NO_STATE, torch.nn.Module)):
+                    self._add(value, 2)
+        for kind in {type(item): None for item in known}:
+            self._known_class(kind)
+        for function in vars(torch.nn.functional).values():
+            self._others(function)
+        given = {f"argument {i}": root for i, root in enumerate(roots)}
+        for root in given.values():
+            self._add(root, _DEPTH)
+        while self._queue:
+            self._follow(*self._queue.popleft())
+        for label, variables, names in self._globals.values():
+            self.namespaces += [_variable(label, variables, name) for name in names if not hasattr(builtins, name)]
+        if given:
+            self.namespaces.append(Namespace("the call", frozenset(self.codes), given.copy, _ignore, _ignore))
+
+    def _add(self, value: Any, depth: int) -> None:
+        if not isinstance(value, _NO_STATE) and depth > 0 and id(value) not in self._seen:
+            self._seen[id(value)] = value
+            self._queue.append((value, depth))
+
+    def _follow(self, value: Any, depth: int) -> None:
+        if isinstance(value, types.FunctionType):
+            self._function(value)
+        elif isinstance(value, types.MethodType):
+            self._add(value.__func__, depth)
+            self._add(value.__self__, _DEPTH)
+        elif isinstance(value, functools.partial):
+            self._add(value.func, depth)
+            self._arguments(value)
+        elif isinstance(value, (staticmethod, classmethod)):
+            self._add(value.__func__, depth)
+        elif isinstance(value, property):
+            for accessor in (value.fget, value.fset, value.fdel):
+                self._add(accessor, depth)
+        elif hasattr(value, "cache_clear") and hasattr(value, "__wrapped__"):
+            self.memos.append(value)
+            self._add(value.__wrapped__, depth)
+        elif isinstance(value, type):
+            if not is_library(value.__module__):
+                self._class(value)
+        elif isinstance(value, (*CONTAINERS, tuple, frozenset)):
+            if len(value) <= _MANY:
+                for item in list(value.values() if isinstance(value, dict) else value):
+                    self._add(item, depth - 1)
+        elif isinstance(value, weakref.ref):
+            self._add(value(), depth)
+        else:
+            self._object(value, depth)
+
+    def _arguments(self, partial: functools.partial[Any]) -> None:
+        given = {f"argument {i}": value for i, value in enumerate(partial.args)} | partial.keywords
+        code = getattr(partial.func, "__code__", type(partial.func))
+        label = f"a partial {getattr(partial.func, '__qualname__', code)}"
+        self.namespaces.append(Namespace(label, (code, "partial"), given.copy, _ignore, _ignore))
+        for value in given.values():
+            self._add(value, _DEPTH)
+
+    def _object(self, value: Any, depth: int) -> None:
+        kind = type(value)
+        root = kind.__module__.partition(".")[0]
+        is_inert = root in sys.stdlib_module_names or root in ("torch", "numpy", "triton")
+        if isinstance(value, types.ModuleType) or (is_inert and not isinstance(value, _OBJECTS_OF_LIBRARIES)):
+            return
+        namespace = instance(value, self._skipped)
+        self.namespaces.append(namespace)
+        if not is_library(kind.__module__):
+            self._class(kind)
+        for item in namespace.items().values():
+            self._add(item, depth - 1)
+
+    # Code.
+
+    def _function(self, function: types.FunctionType) -> None:
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
+        if is_library(function.__globals__.get("__name__")):
+            for cell in cells.values():  # of a decorator, as torch.no_grad: the function that it decorates
+                self._others(_contents(cell))
+            self._others(getattr(function, "__wrapped__", None))
+            return
+        self.codes.add(function.__code__)
+        label = function.__qualname__
+        if cells:
+            self.namespaces.append(_closure(function, cells))
+            for cell in cells.values():
+                self._add(_contents(cell), _DEPTH)
+        defaults = _defaults(function)
+        if any(not isinstance(value, _NO_STATE) for value in defaults.values()):
+            now = functools.partial(_defaults, function)
+            self.namespaces.append(Namespace(f"a default of {label}", function.__code__, now, _ignore, _ignore))
+            for value in defaults.values():
+                self._add(value, _DEPTH)
+        own = function.__dict__
+        self.namespaces.append(
+            Namespace(f"the function {label}", (function.__code__, "own"), own.copy, own.__setitem__, own.pop)
+        )
+        for value in list(own.values()):
+            self._add(value, _DEPTH)
+        names = {name for code in _with_nested(function.__code__) for name in code.co_names}
+        self._module(str(function.__globals__.get("__name__")), function.__globals__, names)
+
+    def _module(self, label: str, variables: dict[str, Any], names: set[str]) -> None:
+        """Follow those globals of a module that some code names."""
+        _, _, known = self._globals.setdefault(id(variables), (label, variables, set()))
+        new = names - known
+        known |= new
+        for name in new:
+            value = variables.get(name)
+            imported = sys.modules.get(name) if value is None else value  # imported within the function
+            if isinstance(imported, types.ModuleType):
+                inner = getattr(imported, "__name__", None)
+                if not is_library(inner):
+                    self._module(str(inner), vars(imported), names)
+            else:
+                self._add(value, _DEPTH)
+
+    # Classes.
+
+    def _class(self, cls: type) -> None:
+        for kind in cls.__mro__:
+            if is_library(kind.__module__) or id(kind) in self._classes:
+                continue
+            self._classes.add(id(kind))
+            self.namespaces.append(_attributes(kind))
+            for value in list(vars(kind).values()):
+                self._add(value, _DEPTH)
+
+    def _known_class(self, cls: type) -> None:
+        """Of a library's class too: its functions may have been replaced, as may those of its module."""
+        for kind in cls.__mro__:
+            if id(kind) in self._classes or kind in (object, torch.nn.Module):
+                continue
+            if is_library(kind.__module__):
+                self._classes.add(id(kind))
+                self.namespaces.append(_attributes(kind))
+                for value in (*vars(kind).values(), *vars(sys.modules.get(kind.__module__, kind)).values()):
+                    self._others(value)
+            else:
+                self._class(kind)
+
+    def _others(self, value: Any) -> None:
+        """Follow a function that is not the library's own."""
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        if isinstance(value, types.FunctionType):
+            if not is_library(value.__globals__.get("__name__")) or value.__closure__:
+                self._add(value, _DEPTH)
+        elif isinstance(value, (functools.partial, types.MethodType)):
+            self._add(value, _DEPTH)
+
+
+def _closure(function: types.FunctionType, cells: dict[str, types.CellType]) -> Namespace:
+    def items() -> dict[str, Any]:
+        return {name: cell.cell_contents for name, cell in cells.items() if not _is_empty(cell)}
+
+    def put(name: str, value: Any) -> None:
+        cells[name].cell_contents = value
+
+    def remove(name: str) -> None:
+        del cells[name].cell_contents
+
+    return Namespace(f"the closure of {function.__qualname__}", (function.__code__, "closure"), items, put, remove)
+
+
+def _attributes(cls: type) -> Namespace:
+    def items() -> dict[str, Any]:
+        return {name: value for name, value in vars(cls).items() if name not in _DUNDER and not _is_abc(name)}
+
+    return Namespace(
+        f"the class {cls.__name__}",
+        (cls, "own"),
+        items,
+        functools.partial(type.__setattr__, cls),
+        functools.partial(type.__delattr__, cls),
+    )
+
+
+def _variable(label: str, variables: dict[str, Any], name: str) -> Namespace:
+    def items() -> dict[str, Any]:
+        return {name: variables[name]} if name in variables else {}
+
+    return Namespace(f"the module {label}", (label, name), items, variables.__setitem__, variables.pop)
+
+
+def _defaults(function: types.FunctionType) -> dict[str, Any]:
+    found = {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
+    return found | (function.__kwdefaults__ or {})
+
+
+def _ignore(*_: Any) -> None:
+    """Defaults are changed in place alone."""
+
+
+def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _with_nested(constant)
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+def _contents(cell: types.CellType) -> Any:
+    return None if _is_empty(cell) else cell.cell_contents
+
+
+def _is_slot(value: object) -> bool:
+    return isinstance(value, types.MemberDescriptorType)
+
+
+def _is_abc(name: str) -> bool:
+    return name.startswith("_abc_")
