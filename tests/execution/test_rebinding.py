@@ -344,7 +344,7 @@ def test_a_backend_that_nobody_knows_compiles_anew_where_weights_have_been_writt
     assert counts(unet) == (1, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("frozen", [False, True])
 def test_inductor_compiles_anew_where_it_freezes_alone(frozen: bool) -> None:
     import torch._inductor.config as inductor

@@ -129,7 +129,7 @@ def test_what_a_quantised_weight_wraps_is_the_plain_tensors_inside() -> None:
     assert all(type(item) in (torch.Tensor, torch.nn.Parameter) for item in inside)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_quantised_model_is_moved_after_the_first_call(backend: str, unet: Any) -> None:
     torch._dynamo.reset()
