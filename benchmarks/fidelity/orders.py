@@ -20,8 +20,8 @@ How many dB closer to the uncached images *forecast-1* and *forecast-2* are than
 of the three is bold, and where neither is, repeating is closest (or none is by 0.1 dB). By kind of sampler it is the
 median over models and samplers, and in brackets in how many of them *forecast-1* is closer than *repeat*.
 
-- Deterministic samplers: order 1 is closer than order 0 in every row, also at 8 steps. Order 2 is mostly closer still with
-  *ddpm*, and mostly farther than order 1 with *t2i*.
+- Deterministic samplers: order 1 is closer than order 0 in every row, also at 8 steps. Order 2 is mostly closer still
+  with *ddpm*, and mostly farther than order 1 with *t2i*.
 - Deterministic samplers whose steps are spaced unevenly (Karras sigmas): order 1 from 20 steps on, order 0 at 8. A
   forecast over the timestep instead of the number of the step is farther at 8 steps with both models, and at 20 closer
   with one and farther with the other (*forecast-1-over-timestep*).
