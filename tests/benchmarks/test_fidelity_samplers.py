@@ -217,6 +217,12 @@ def test_the_order_that_is_closest_is_bold_and_none_where_repeating_is() -> None
     assert gain(ROWS[:3], 1, 3) is None
 
 
+def test_a_sampler_that_was_measured_twice_counts_once_with_the_most_images() -> None:
+    more = [row("ddpm", "repeat", 20.0, images=9), row("ddpm", "forecast-1", 22.0, images=9)]
+    _, lines = each_kind(grouped([*ROWS, *more]))
+    assert lines[-1][:3] == ("draws noise", "6", "**+2.0**, - (1 of 1)")
+
+
 def test_the_report_says_which_order_is_closest(tmp_path: Path) -> None:
     file = RowsFile(tmp_path / "results" / "fidelity-tiny.json")
     for each in ROWS:
