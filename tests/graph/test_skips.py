@@ -338,7 +338,10 @@ def test_an_axis_followed_through_any_rearrangement_is_where_its_values_are(
 
 @pytest.mark.parametrize(
     "make",
-    [pytest.param(make, marks=() if make is token_models.flux else pytest.mark.thorough) for make in token_models.CASES],
+    [
+        pytest.param(make, marks=() if make is token_models.flux else pytest.mark.thorough)
+        for make in token_models.CASES
+    ],
     ids=lambda make: make.__name__,
 )
 def test_a_transformer_is_refused_and_is_afterwards_as_it_was(make: Callable[[], Case]) -> None:
