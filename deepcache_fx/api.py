@@ -12,7 +12,7 @@ from deepcache_fx.controlnet.follow import PipelineWatch
 from deepcache_fx.errors import DeepCacheError, OptionError
 from deepcache_fx.graph.pass_order import check_disabled
 from deepcache_fx.graph.signature import ExampleInputs, UnsupportedInput
-from deepcache_fx.options import DEFAULT_FORECAST, Options
+from deepcache_fx.options import Forecast, Options
 from deepcache_fx.runtime.attach import attach, bring_back, check_attachable, detach, original_class, runtime_of
 from deepcache_fx.runtime.report import Report
 from deepcache_fx.runtime.runtime import Runtime
@@ -35,7 +35,7 @@ def optimize(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     cuda_graphs: bool | Literal["auto"] = "auto",
-    forecast: int = DEFAULT_FORECAST,
+    forecast: Forecast = "auto",
     max_captures: int = 8,
     on_failure: Literal["raise", "uncached"] = "raise",
     ignore: Sequence[str] | str = (),
@@ -66,7 +66,8 @@ def optimize(
             variant cannot be recorded it is called, and `report` says why.
         forecast: Degree of the polynomial through the last refreshes that a shallow step takes the cached feature from:
             1 is linear, 2 quadratic, and 0 repeats the last one, which is published DeepCache bit for bit. Keeps that
-            many more refreshes. Take 0 for LCM and other few-step samplers that draw new noise at every step.
+            many more refreshes. "auto" takes 1, but 0 in runs whose scheduler draws noise or takes few uneven steps
+            (docs/fidelity.md); a UNet without its pipeline cannot tell: take 0 for LCM. `report` says what was taken.
         max_captures: How many signatures are kept; the least recently used goes first.
         on_failure: What happens to calls for which there can be no programs (`torch.export` cannot follow the model,
             it has no such skip connection, a pass failed): "raise", or "uncached": the model runs as it is, with one

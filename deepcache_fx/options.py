@@ -11,8 +11,11 @@ from deepcache_fx.schedules.branch import Branch, check_branch
 from deepcache_fx.schedules.patterns import Uniform, as_schedule
 from deepcache_fx.schedules.schedule import Schedule
 
-DEFAULT_FORECAST = 1
-"""Linear: closer to the uncached images than repeating with every ODE sampler that was measured (docs/fidelity.md)."""
+Forecast = int | Literal["auto"]
+"""What `optimize(forecast=)` takes: 0, 1, 2 or "auto"."""
+
+AUTO_ORDER = 1
+"""The highest order of `forecast="auto"`; its programs keep as many refreshes as that needs."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,15 @@ class Options:
     mode: str | None = None
     options: Mapping[str, Any] | None = None
     cuda_graphs: bool | Literal["auto"] = "auto"
-    forecast: int = DEFAULT_FORECAST
+    forecast: Forecast = "auto"
     max_captures: int = 8
     on_failure: Literal["raise", "uncached"] = "raise"
     ignore: tuple[str, ...] = ()
+
+    @property
+    def order(self) -> int:
+        """Of the forecast that programs are made for; a run may use a lower one."""
+        return AUTO_ORDER if self.forecast == "auto" else self.forecast
 
     def uses(self, name: str) -> bool:
         """False where `disable` leaves out the default pass, or the rate, of this name."""
@@ -54,7 +62,7 @@ class Options:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
         cuda_graphs: bool | Literal["auto"] = "auto",
-        forecast: int = DEFAULT_FORECAST,
+        forecast: Forecast = "auto",
         max_captures: int = 8,
         on_failure: Literal["raise", "uncached"] = "raise",
         ignore: Sequence[str] | str = (),
@@ -70,8 +78,8 @@ class Options:
             raise OptionError(f"backend must be a name or a torch.compile backend function, got {backend!r}")
         if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
             raise OptionError(f'cuda_graphs must be "auto", True or False, got {cuda_graphs!r}')
-        if isinstance(forecast, bool) or forecast not in (0, 1, 2):
-            raise OptionError(f"forecast must be 0 (repeat the cached feature), 1 or 2, got {forecast!r}")
+        if isinstance(forecast, bool) or forecast not in ("auto", 0, 1, 2):
+            raise OptionError(f'forecast must be "auto", 0 (repeat the cached feature), 1 or 2, got {forecast!r}')
         if isinstance(max_captures, bool) or not isinstance(max_captures, int) or max_captures < 1:
             raise OptionError(f"max_captures must be an integer of at least 1, got {max_captures!r}")
         if on_failure not in ("raise", "uncached"):

@@ -21,7 +21,6 @@ from deepcache_fx.cli.paired_runs import Comparison, compare
 from deepcache_fx.cli.progress import progress_bar
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.files import writing as files
-from deepcache_fx.options import DEFAULT_FORECAST
 from deepcache_fx.schedules.patterns import Power, Uniform
 from deepcache_fx.schedules.schedule import Schedule
 
@@ -45,9 +44,8 @@ def compare_command(
     branch: option.Branch = "0",
     schedule: Annotated[ScheduleName, typer.Option(help="Where the full steps lie.")] = ScheduleName.uniform,
     forecast: Annotated[
-        int,
-        typer.Option(min=0, max=2, help="Of the cached feature: 1 is linear, 2 quadratic; 0 repeats it, as for LCM."),
-    ] = DEFAULT_FORECAST,
+        str, typer.Option(help="Of the cached feature: 1 is linear, 2 quadratic, 0 repeats it; auto: by the scheduler.")
+    ] = "auto",
     power: Annotated[float, typer.Option(help="Of the power schedule: how fast full steps thin out.")] = 1.4,
     center: Annotated[int, typer.Option(help="Of the power schedule: the step around which they are dense.")] = 15,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
@@ -67,7 +65,7 @@ def compare_command(
     json: option.Json = None,
 ) -> None:
     """Run a text-to-image pipeline without and with caching: times, similarity, a picture of both."""
-    where = option.read_branch(branch)
+    where, order = option.read_branch(branch), option.read_forecast(forecast)
     timetable = Uniform(interval) if schedule is ScheduleName.uniform else Power(interval, power, center)
     _check(timetable, steps, scheduler, out, json)
     local = loading.check_model(model)
@@ -88,7 +86,7 @@ def compare_command(
             found = compare(
                 pipes[0],
                 prompts=prompts,
-                optimize_arguments={"schedule": timetable, "branch": where, "forecast": forecast, "backend": backend},
+                optimize_arguments={"schedule": timetable, "branch": where, "forecast": order, "backend": backend},
                 steps=steps,
                 seed=seed,
                 guidance_scale=guidance_scale,
@@ -104,7 +102,7 @@ def compare_command(
         "refiner": refiner,
         "schedule": str(timetable),
         "branch": where,
-        "forecast": forecast,
+        "forecast": order,
         "scheduler": type(pipes[0].scheduler).__name__,
         "backend": found.reports[0].backend,
         "device": torch.cuda.get_device_name(at) if at.type == "cuda" else at.type,

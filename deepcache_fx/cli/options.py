@@ -8,6 +8,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from deepcache_fx.options import Forecast
 from deepcache_fx.schedules import branch
 
 
@@ -47,6 +48,13 @@ CacheDtype: TypeAlias = Annotated[DtypeName, typer.Option(help="Decides the size
 # Of either kind.
 
 Json: TypeAlias = Annotated[Path | None, typer.Option(help="Also write every number to this file.")]
+
+
+def read_forecast(text: str) -> Forecast:
+    """The order of the forecast as it is named on the command line."""
+    if text not in ("auto", "0", "1", "2"):
+        raise typer.BadParameter(f"{text!r} is none of auto, 0, 1 and 2", param_hint="--forecast")
+    return "auto" if text == "auto" else int(text)
 
 
 def read_branch(text: str, option_name: str = "--branch") -> branch.Branch:

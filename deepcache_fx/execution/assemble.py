@@ -133,7 +133,7 @@ def assemble(
     branches = pick_branches(skips, options.branch, options.schedule.branches, name)
     rates = [name for name in RATES if options.uses(name)]
     chosen = list(dict.fromkeys(branches.values()))
-    variants = split(captured, chosen, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.forecast)
+    variants = split(captured, chosen, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.order)
     variants, more, joined = finish(variants, options, weights)
     compiled = _compiled(variants, joined, call, options, recorders)
     programs = compiled.record(compiled.called)
@@ -225,7 +225,7 @@ def _compile(
             for name, program, cut in zip(list(steps)[1:], shallow, variants.cuts, strict=True)
         ),
         num_outputs=variants.num_outputs,
-        order=options.forecast,
+        order=options.order,
         why_not_recorded=why_not or "off",
     )
 

@@ -29,11 +29,13 @@ class DeepFeature:
     (see `recorded.Recorded`).
     """
 
-    __slots__ = ("__weakref__", "steps", "values")
+    __slots__ = ("__weakref__", "degree", "steps", "values")
 
     def __init__(self, steps: tuple[tuple[int, ...], ...], values: tuple[History, ...] | None) -> None:
         self.steps = steps
         self.values = values
+        self.degree: int | None = None
+        """Of the forecast, where that is lower than what the programs can do."""
 
 
 Stamps = tuple[tuple[int, int], ...]
@@ -157,7 +159,9 @@ class Called:
         shallow = self.cuts[cut]
         cached = [value for values in feature.values[cut] for value in values]
         if self.order:
-            cached.append(weights_on(cached[0].device, coefficients(step, feature.steps[cut], self.order)))
+            cached.append(
+                weights_on(cached[0].device, coefficients(step, feature.steps[cut], self.order, feature.degree))
+            )
         leaves = self._call(shallow.name, shallow.program, (*tensors, *cached, *prompt))
         if not shallow.refreshed:
             return leaves

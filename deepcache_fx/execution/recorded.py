@@ -175,7 +175,7 @@ class Recorded:
             if feature.values is not None or self._resident() is not feature:
                 self._move_in(feature)
             if self._forecast:
-                values = coefficients(step, feature.steps[cut], self._called.order)
+                values = coefficients(step, feature.steps[cut], self._called.order, feature.degree)
                 if values != self._weighed.get(cut):
                     for index, value in enumerate(values):
                         self._forecast[cut][index].fill_(value)  # launches that nothing waits for

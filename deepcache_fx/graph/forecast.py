@@ -6,8 +6,8 @@ c_0 is the newest. The weights w are those of the polynomial of degree m through
 taken at the current step; with m = 1, c_0 + (i - i_0) / (i_0 - i_1) * (c_0 - c_1). The abscissa is the number of the
 step: over sigma and over the log-SNR images came out farther from the uncached ones (docs/fidelity.md). Until there
 have been enough refreshes the degree is what there are, so that the first period repeats, as published DeepCache always
-does. TaylorSeer (arXiv 2503.06923) does the same to the features of transformers. Repeating (degree 0, where nothing of
-this runs) suits LCM and other few-step samplers better: the noise they draw anew at every step is no line to follow.
+does. TaylorSeer (arXiv 2503.06923) does the same to the features of transformers. Repeating (degree 0) suits samplers
+better that draw new noise at every step: that is no line to follow.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ aten = torch.ops.aten
 
 
 @functools.lru_cache(maxsize=4096)
-def coefficients(step: float, refreshes: tuple[float, ...], order: int) -> tuple[float, ...]:
+def coefficients(step: float, refreshes: tuple[float, ...], order: int, degree: int | None = None) -> tuple[float, ...]:
     """The weights of the last refreshes at a step, newest first; `order` + 1 of them, and 0 where there is no refresh.
 
     Args:
         step: The current step.
         refreshes: The steps of the last refreshes, newest first; at least one.
-        order: Degree of the polynomial.
+        order: How many refreshes there are weights for, less one.
+        degree: Of the polynomial; `order` where it is None. 0 repeats the last refresh.
     """
-    points = refreshes[: order + 1]
+    points = refreshes[: (order if degree is None else min(degree, order)) + 1]
     weights = []
     for point in points:
         weight = 1.0

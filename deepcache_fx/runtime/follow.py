@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from deepcache_fx.runtime.attach import MARK, give_subclass, original_class
+from deepcache_fx.runtime.forecast_order import NoiseWatch, has_uneven_steps
 from deepcache_fx.runtime.runtime import Runtime
 
 
@@ -16,13 +18,31 @@ class Listeners:
     def __init__(self) -> None:
         self.runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
-    def announce(self, num_steps: int | None) -> None:
+    def announce(self, scheduler: Any) -> None:
         for runtime in tuple(self.runtimes):
-            runtime.run_announced(num_steps)
+            _announce(runtime, scheduler)
 
-    def step(self) -> None:
-        for runtime in tuple(self.runtimes):
+    def step(self, run: Callable[[], Any], *, has_noise: bool) -> Any:
+        """A step of the scheduler; in a run's first ones it is heard whether noise is drawn, or was given."""
+        runtimes = tuple(self.runtimes)
+        curious = [runtime for runtime in runtimes if runtime.wants_to_hear_of_noise()]
+        if curious and not has_noise:
+            with NoiseWatch() as noise:
+                result = run()
+            has_noise = noise.seen
+        else:
+            result = run()
+        for runtime in curious if has_noise else ():
+            runtime.noise_drawn()
+        for runtime in runtimes:
             runtime.step_ended()
+        return result
+
+
+def _announce(runtime: Runtime, scheduler: Any) -> None:
+    timesteps = getattr(scheduler, "timesteps", None)
+    num_steps = None if timesteps is None else len(timesteps)
+    runtime.run_announced(num_steps, are_uneven=has_uneven_steps(scheduler))
 
 
 def listen(scheduler: Any, runtime: Runtime) -> None:
@@ -60,8 +80,7 @@ def _announcing(function: Any, listeners: Listeners) -> Any:
     @functools.wraps(function)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = function(self, *args, **kwargs)
-        timesteps = getattr(self, "timesteps", None)
-        listeners.announce(None if timesteps is None else len(timesteps))
+        listeners.announce(self)
         return result
 
     return set_timesteps
@@ -70,9 +89,8 @@ def _announcing(function: Any, listeners: Listeners) -> Any:
 def _stepping(function: Any, listeners: Listeners) -> Any:
     @functools.wraps(function)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = function(self, *args, **kwargs)
-        listeners.step()
-        return result
+        run = functools.partial(function, self, *args, **kwargs)
+        return listeners.step(run, has_noise=kwargs.get("variance_noise") is not None)
 
     return step
 
@@ -102,8 +120,7 @@ class SchedulerWatch:
         if scheduler is not None:
             listen(scheduler, runtime)
             self._scheduler = weakref.ref(scheduler)
-            timesteps = getattr(scheduler, "timesteps", None)
-            runtime.run_announced(None if timesteps is None else len(timesteps))
+            _announce(runtime, scheduler)
 
     def stop(self) -> None:
         scheduler, runtime = (self._scheduler() if self._scheduler else None), self._runtime()

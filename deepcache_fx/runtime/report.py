@@ -181,6 +181,8 @@ class Report:
     """Steps at which the timestep's value had to be read back from a device."""
     last_run: str
     """The last run of this thread, a letter a UNet call: F full, s shallow, t, u, ... at deeper cuts."""
+    last_forecast: str = ""
+    """The order of the last run's forecast, and why it was taken."""
     calls_by_branch: dict[int, int] = field(default_factory=dict)
     """Of the shallow calls."""
     signatures: tuple[CaptureReport, ...] = ()
@@ -229,7 +231,7 @@ class Report:
         if calls and not self.engaged:
             lines.append("  the shallow variant never ran: nothing was saved")
         if self.last_run:
-            lines.append(f"  last run: {self.last_run}")
+            lines.append(f"  last run: {self.last_run}; forecast of order {self.last_forecast}")
         for title, reasons in (("forced full", self.forced_full), ("uncached", self.original_reasons)):
             lines += [f"  {title}: {count} x {reason}" for reason, count in reasons.items()]
         if self.rebound:

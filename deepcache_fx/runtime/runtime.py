@@ -28,6 +28,7 @@ from deepcache_fx.guards.model_state import ModelState
 from deepcache_fx.options import Options
 from deepcache_fx.runtime.captures import find_or_make, is_at_hand
 from deepcache_fx.runtime.decision import StepDecision, decide
+from deepcache_fx.runtime.forecast_order import LISTENING_STEPS, ForecastOrder, order_of, order_with_noise
 from deepcache_fx.runtime.pairing import Coming, Expectation, Handed, pair
 from deepcache_fx.runtime.report import CaptureReport, CompanionReport, Counts, CutReport, Report
 from deepcache_fx.runtime.slots import NO_FEATURE, Slot, Slots
@@ -97,6 +98,9 @@ class ThreadState(threading.local):
         self.known: _Known | None = None
         self.condition: Hashable = None
         """What the caller says the next call is conditioned on."""
+        self.order = ForecastOrder(0, "")
+        """Of this run."""
+        self.announced_order: ForecastOrder | None = None
         self.expected = Expectation()
         self.last_heard = 0
 
@@ -161,12 +165,22 @@ class Runtime:
         for watch in self._watches:
             watch.stop()
 
-    def run_announced(self, num_steps: int | None, *, by_caller: bool = False) -> None:
-        """A scheduler, or the caller, begins a run."""
+    def run_announced(self, num_steps: int | None, *, by_caller: bool = False, are_uneven: bool = False) -> None:
+        """A scheduler, or the caller, begins a run. `are_uneven`: its steps are of very different lengths."""
         state = self._state
         state.tracker.run_announced(num_steps, by_caller=by_caller)
+        state.announced_order = order_of(self.options, None if by_caller else num_steps, are_uneven)
         state.expected.begin()
         state.last_heard = next(_clock)
+
+    def noise_drawn(self) -> None:
+        """A scheduler's step drew random numbers."""
+        self._state.order = order_with_noise(self.options, self._state.order)
+
+    def wants_to_hear_of_noise(self) -> bool:
+        """True in the first steps of a run where it decides on the forecast."""
+        state = self._state
+        return self.options.forecast == "auto" and state.order.degree > 0 and state.tracker.step < LISTENING_STEPS
 
     def step_ended(self) -> None:
         """A scheduler, or the caller, ends a step."""
@@ -235,7 +249,10 @@ class Runtime:
     def _step(self, state: ThreadState, module: torch.nn.Module, call: Call) -> Any:
         seen = self._observe(state, module, call)
         decision = decide(seen.is_scheduled, seen.branch, seen.tick.doubt, seen.missing)
-        leaves = self._full(state, seen, call) if decision.is_full else self._shallow(seen, decision.branch, call)
+        if decision.is_full:
+            leaves = self._full(state, seen, call)
+        else:
+            leaves = self._shallow(seen, decision.branch, call, state.order.degree)
         self._commit(state, seen, decision)
         return seen.entry.captured.outputs(leaves)
 
@@ -252,6 +269,7 @@ class Runtime:
         if tick.new_run:
             state.clear()
             state.trace = []
+            state.order = (state.tracker.is_hooked and state.announced_order) or order_of(self.options, None, False)
             state.expected.runs += 1
             self._check_num_steps(module, tick)
         is_scheduled, branch = self._scheduled(state, tick)
@@ -272,7 +290,7 @@ class Runtime:
         """The outputs of a full step, which leaves its deep feature in the slot."""
         entry, slot, tick = seen.entry, seen.slot, seen.tick
         tensors = call.tensors if call.is_plain else computed(call.tensors)
-        before, slot.feature = slot.feature if self.options.forecast else None, None  # let go of, unless it is read
+        before, slot.feature = slot.feature if self.options.order else None, None  # let go of, unless it is read
         prompt = slot.prompt(entry.prompts.get("full"), "full", tensors)
         leaves, slot.feature = entry.programs.full(tick.step, tensors, prompt, before)
         slot.renew(call)
@@ -282,8 +300,8 @@ class Runtime:
         return leaves
 
     @staticmethod
-    def _shallow(seen: Observation, branch: Branch | None, call: Call) -> Sequence[Any]:
-        """The outputs of a shallow step. It changes nothing but the slot's feature."""
+    def _shallow(seen: Observation, branch: Branch | None, call: Call, degree: int) -> Sequence[Any]:
+        """The outputs of a shallow step, by a forecast of this degree. It changes nothing but the slot's feature."""
         entry, slot = seen.entry, seen.slot
         cut = entry.cuts[branch]
         tensors = call.tensors
@@ -293,6 +311,7 @@ class Runtime:
         name = entry.names[cut]
         prompt = slot.prompt(entry.prompts[name], name, tensors) if name in entry.prompts else ()
         assert slot.feature is not None, "a slot without a feature is missing something"
+        slot.feature.degree = degree
         return entry.programs.shallow(seen.tick.step, tensors, slot.feature, prompt, cut)
 
     def _commit(self, state: ThreadState, seen: Observation, decision: StepDecision) -> None:
@@ -455,7 +474,7 @@ class Runtime:
                     )
                     for cut in entry.variants.cuts
                 ),
-                refreshes=self.options.forecast + 1,
+                refreshes=self.options.order + 1,
                 capture_seconds=entry.seconds,
                 passes=entry.passes,
                 first_call_seconds=dict(entry.programs.first_call_seconds),
@@ -479,6 +498,7 @@ class Runtime:
             original_reasons=dict(counts.original),
             timestep_syncs=counts.syncs,
             last_run="".join(self._state.trace),
+            last_forecast=str(self._state.order) if self._state.trace else "",
             signatures=signatures,
             companions=tuple(found for found in (watch.report() for watch in self.watches()) if found is not None),
         )

@@ -102,6 +102,16 @@ class StepTracker:
         """The scheduler's `step` was called, or the caller's step is over."""
         self._stepped = True
 
+    @property
+    def step(self) -> int:
+        """The step of the last call; 0 before the first."""
+        return self._step if self._active and not self._pending_run else 0
+
+    @property
+    def is_hooked(self) -> bool:
+        """True in a run that a scheduler, or the caller, announced."""
+        return self._active and self._hooked
+
     def needs_value(self, position: Position | None, timestep: torch.Tensor | None = None) -> bool:
         """True where neither the scheduler nor the timestep tensor tells the step, so that its value must be read."""
         if timestep is not None and not timestep.numel():

@@ -19,6 +19,7 @@ from deepcache_fx import BranchError
 from deepcache_fx.graph.channels import axis_readers
 from deepcache_fx.graph.skips import find_skip_connections, require_skip_connections
 from tests import token_models
+from tests.families import family
 from tests.graphs import GraphBuilder, captured
 from tests.token_models import Case
 
@@ -338,10 +339,7 @@ def test_an_axis_followed_through_any_rearrangement_is_where_its_values_are(
 
 @pytest.mark.parametrize(
     "make",
-    [
-        pytest.param(make, marks=() if make is token_models.flux else pytest.mark.thorough)
-        for make in token_models.CASES
-    ],
+    family(token_models.CASES, token_models.flux),
     ids=lambda make: make.__name__,
 )
 def test_a_transformer_is_refused_and_is_afterwards_as_it_was(make: Callable[[], Case]) -> None:
