@@ -16,7 +16,7 @@ from torch import fx
 from deepcache_fx.deferred import computed
 from deepcache_fx.errors import CaptureError, DeepCacheError
 from deepcache_fx.signature import Call, CallReader
-from deepcache_fx.weights import hold_own_weights, let_go_of_weights
+from deepcache_fx.weights import as_parameters, hold_own_weights, let_go_of_weights
 
 CAPTURE_LOCK = threading.RLock()
 """`torch.export` is not thread-safe: captures and compilations happen under this lock."""
@@ -69,7 +69,7 @@ def capture(
     model_class = model_class or type(module)
     # A tensor passed twice is one graph input to export: give every leaf an object of its own.
     args, kwargs = reader.rebuild(call, [tensor.detach() for tensor in computed(call.tensors)])
-    with CAPTURE_LOCK, torch.no_grad(), warnings.catch_warnings():
+    with CAPTURE_LOCK, as_parameters(module), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         try:
