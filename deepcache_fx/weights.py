@@ -38,9 +38,10 @@ def held(graph: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield from unwrapped(tensor)
 
 
-def stamps(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
-    """Others where a tensor has been written into (not through `.data`, which is not counted) or lies elsewhere."""
-    return [(0 if t.is_inference() else t._version, t.data_ptr()) for tensor in tensors for t in unwrapped(tensor)]
+def stamps(tensors: Iterable[torch.Tensor], *, addresses: bool) -> list[tuple[int, int]]:
+    """Others where a tensor has been written into (not through `.data`, which is not counted) or, asked for, moved."""
+    inside = [one for tensor in tensors for one in unwrapped(tensor)]
+    return [(0 if t.is_inference() else t._version, t.data_ptr() if addresses else 0) for t in inside]
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
