@@ -62,7 +62,7 @@ class CompanionEntry:
     options: Options
     recorders: MutableMapping[torch.device, Recorder]
     variant: Variant
-    """All outputs, from the inputs and the prompt values, before the last passes."""
+    """Before the last passes."""
     stage: PromptStage | None
     passes: tuple[PassRecord, ...]
     inputs: str
@@ -72,6 +72,11 @@ class CompanionEntry:
     binding: Binding | None = None
     weights: int = -1
     """As those of an `Entry`."""
+
+    @property
+    def staged(self) -> fx.GraphModule:
+        """All outputs, from the inputs and the prompt values, before the last passes."""
+        return self.variant.step
 
     @property
     def prompt_macs(self) -> int:
@@ -119,7 +124,7 @@ class CompanionEntry:
 
     def _step(self, outputs: tuple[int, ...], name: str) -> Step:
         started = time.perf_counter()
-        graph = keep_outputs(self.variant.step, outputs)
+        graph = keep_outputs(self.staged, outputs)
         last = [item for item in last_passes(None) if self.options.uses(pass_name(item))]
         try:
             graph, records = run_passes(graph, last)

@@ -28,12 +28,16 @@ def copies_weights(options: Options, device: torch.device) -> bool:
     Dynamo hands the parameters of a graph to its backend as inputs, which are taken from the graph at every call. What
     a backend of someone else's makes of them nobody knows; Inductor folds them into its programs when it freezes.
     """
-    backend = pick_backend(options, device)
-    if backend == "inductor":
-        import torch._inductor.config as inductor  # slow to import, and only needed here
+    return pick_backend(options, device) not in ("eager", "aot_eager", "inductor") or freezes(options, device)
 
-        return bool(dict(options.options or {}).get("freezing") or inductor.freezing)
-    return backend not in ("eager", "aot_eager")
+
+def freezes(options: Options, device: torch.device) -> bool:
+    """True where Inductor folds the values of weights into its programs."""
+    if pick_backend(options, device) != "inductor":
+        return False
+    import torch._inductor.config as inductor  # slow to import, and only needed here
+
+    return bool(dict(options.options or {}).get("freezing") or inductor.freezing)
 
 
 def compile_variant(variant: fx.GraphModule, options: Options, device: torch.device) -> Program:

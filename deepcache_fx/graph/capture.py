@@ -17,7 +17,7 @@ from deepcache_fx.errors import CaptureError, DeepCacheError, Uncapturable
 from deepcache_fx.graph.containers import tensors_left
 from deepcache_fx.graph.lazy import computed
 from deepcache_fx.graph.signature import Call, CallReader
-from deepcache_fx.graph.weights import hold_own_weights, let_go_of_weights
+from deepcache_fx.graph.weights import as_parameters, hold_own_weights, let_go_of_weights
 
 CAPTURE_LOCK = threading.RLock()
 """`torch.export` is not thread-safe: captures and compilations happen under this lock."""
@@ -96,7 +96,7 @@ def capture(
         left.extend(tensors_left(args, kwargs, given))
         return result
 
-    with CAPTURE_LOCK, torch.no_grad(), warnings.catch_warnings():
+    with CAPTURE_LOCK, as_parameters(module), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx
@@ -36,9 +38,10 @@ def held(graph: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield from unwrapped(tensor)
 
 
-def stamps(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
-    """Others where a tensor has been written into (not through `.data`, which is not counted) or lies elsewhere."""
-    return [(0 if t.is_inference() else t._version, t.data_ptr()) for tensor in tensors for t in unwrapped(tensor)]
+def stamps(tensors: Iterable[torch.Tensor], *, addresses: bool) -> list[tuple[int, int]]:
+    """Others where a tensor has been written into (not through `.data`, which is not counted) or, asked for, moved."""
+    inside = [one for tensor in tensors for one in unwrapped(tensor)]
+    return [(0 if t.is_inference() else t._version, t.data_ptr() if addresses else 0) for t in inside]
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
@@ -82,6 +85,28 @@ def _own(name: str, tensor: torch.Tensor, own: Mapping[str, torch.Tensor]) -> to
 
 def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
     return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+@contextmanager
+def as_parameters(module: torch.nn.Module) -> Iterator[None]:
+    """In the block, plain tensors that took the places of parameters are parameters over the same memory.
+
+    `swap_tensors` leaves such: peft, where it grows the rank of an adapter that is swapped while hot. torch.export
+    refuses them.
+    """
+    made: dict[int, torch.nn.Parameter] = {}
+    put: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    for sub in module.modules():
+        tensors: dict[str, Any] = sub._parameters
+        for name, tensor in tensors.items():
+            if tensor is not None and not isinstance(tensor, torch.nn.Parameter):
+                put.append((tensors, name, tensor))
+                tensors[name] = made.setdefault(id(tensor), torch.nn.Parameter(tensor, requires_grad=False))
+    try:
+        yield
+    finally:
+        for tensors, name, tensor in put:
+            tensors[name] = tensor
 
 
 def let_go_of_weights(graph: fx.GraphModule) -> None:

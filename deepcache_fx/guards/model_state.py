@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from deepcache_fx.execution import memory_format
-from deepcache_fx.execution.compile import copies_weights, pick_backend
+from deepcache_fx.execution.compile import copies_weights, freezes, pick_backend
 from deepcache_fx.graph.capture import CAPTURE_LOCK
 from deepcache_fx.graph.weights import stamps
 from deepcache_fx.guards.fingerprint import Fingerprint, Settings
@@ -27,7 +27,7 @@ class ModelState:
         self._format = memory_format.ChannelsLastWeights()
         self._fingerprint = Fingerprint()
         self._effects = SideEffects()
-        self._copied = False
+        self._copied = self._frozen = False
         self._values: list[tuple[int, int]] = []
 
     def settings(self, module: torch.nn.Module, device: torch.device, *, thorough: bool) -> Settings:
@@ -61,8 +61,8 @@ class ModelState:
 
     def _look_at_values(self, device: torch.device) -> None:
         """Where programs may hold copies of values, take weights that have been written into for others."""
-        self._copied = copies_weights(self._options, device)
-        if self._copied and stamps(self._fingerprint.weights()) != self._values:
+        self._copied, self._frozen = copies_weights(self._options, device), freezes(self._options, device)
+        if self._copied and self._stamps() != self._values:
             with CAPTURE_LOCK:
                 self.note_values()
                 self._fingerprint.renumber()
@@ -70,7 +70,11 @@ class ModelState:
     def note_values(self) -> None:
         """Take the values that the weights have now for those that programs were made with."""
         if self._copied:
-            self._values = stamps(self._fingerprint.weights())
+            self._values = self._stamps()
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        """With addresses where weights are known to be copied: what lies elsewhere may have other values."""
+        return stamps(self._fingerprint.weights(), addresses=self._frozen)
 
     def weights(self) -> tuple[torch.Tensor, ...]:
         """All of the model's, as last looked at (see `Fingerprint.weights`)."""

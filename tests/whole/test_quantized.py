@@ -133,9 +133,13 @@ def test_what_a_quantised_weight_wraps_is_the_plain_tensors_inside() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_quantised_model_is_moved_after_the_first_call(backend: str, unet: Any) -> None:
     torch._dynamo.reset()
+    # Of a sum taken in another order an activation may become the next of the 8-bit values.
+    tolerance = 5e-3 if "DynamicActivation" in unet.config_name else 1e-4
     optimize(unet, backend=backend)
-    denoise(unet)
+    before = denoise(unet)
     unet.to("cpu")
     write_into(unet)
-    assert difference(denoise(unet), oracle(unet)) < 1e-4
+    expected = oracle(unet)
+    assert difference(before, expected) > 4 * tolerance
+    assert difference(denoise(unet), expected) < tolerance
     assert deepcache_fx.report(unet).captures == 1
