@@ -112,6 +112,7 @@ class CallReader:
         known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
         self._refused: dict[Hashable, str] = {}
         self._ignored = Ignored(ignore, known, rest, getattr(forward, "__qualname__", "forward"))
+        self._ignores = bool(self._ignored)
 
     def read(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """The call `module(*args, **kwargs)`.
@@ -171,7 +172,7 @@ class CallReader:
 
     def _parts(self, arguments: Mapping[str, Any], tensors: list[torch.Tensor], module: torch.nn.Module) -> Hashable:
         """The key of the arguments, whose tensors are added to `tensors`. Runs at every call."""
-        if self._ignored:
+        if self._ignores:
             return self._named_parts(arguments, tensors, module)
         parts: list[Hashable] = []
         for value in arguments.values():

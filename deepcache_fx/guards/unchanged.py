@@ -21,6 +21,7 @@ _PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device
 
 _EMPTY = object()
 
+_content = attrgetter("cell_contents")
 _defaults = attrgetter("__defaults__", "__kwdefaults__")
 
 
@@ -57,6 +58,7 @@ class Reading:
         self._versions: list[int] = []
         self._cells: list[types.CellType] = []
         self._held: list[object] = []
+        self._empty_cells: list[types.CellType] = []
         self._functions: list[types.FunctionType] = []
         self._defaults: list[object] = []
         self._weights: list[torch.Tensor] = []
@@ -114,8 +116,12 @@ class Reading:
         """What a function's closure holds, and its defaults."""
         cells = value.__closure__ or ()
         held = [*map(_contents, cells)]
-        self._cells += cells
-        self._held += held
+        for cell, content in zip(cells, held, strict=True):
+            if content is _EMPTY:
+                self._empty_cells.append(cell)
+            else:
+                self._cells.append(cell)
+                self._held.append(content)
         self._functions.append(value)
         self._defaults += _defaults(value)
         return [*held, *(value.__defaults__ or ()), value.__kwdefaults__]
@@ -173,7 +179,9 @@ class Reading:
                 and not any(self._empty)
                 and [*map(_version, self._tensors)] == self._versions
                 and (not self._sets or self._are_sets_same())
-                and (not self._functions or self._are_functions_same())
+                and all(map(is_, map(_content, self._cells), self._held))
+                and all(map(is_, chain.from_iterable(map(_defaults, self._functions)), self._defaults))
+                and (not self._empty_cells or self._are_still_empty())
             )
         except (RuntimeError, TypeError, ValueError):  # a dictionary is changing its size; arrays compare as arrays
             return False
@@ -191,7 +199,11 @@ class Reading:
 
     def _are_functions_same(self) -> bool:
         defaults = chain.from_iterable(map(_defaults, self._functions))
-        return all(map(is_, map(_contents, self._cells), self._held)) and all(map(is_, defaults, self._defaults))
+        held = map(_contents, self._cells)
+        return all(map(is_, held, self._held)) and all(map(is_, defaults, self._defaults)) and self._are_still_empty()
+
+    def _are_still_empty(self) -> bool:
+        return all(_contents(cell) is _EMPTY for cell in self._empty_cells)
 
     def _are_sets_same(self) -> bool:
         return all(value == items for value, items in self._sets)

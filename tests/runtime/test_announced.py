@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import warnings
@@ -30,7 +31,7 @@ def heun(unet: torch.nn.Module, sigmas: torch.Tensor, *, announced: bool) -> Non
     if announced:
         deepcache_fx.begin(unet, 2 * (len(sigmas) - 1))
     x = torch.randn(1, 4, 8, 8)
-    for here, there in zip(sigmas, sigmas[1:], strict=False):
+    for here, there in itertools.pairwise(sigmas):
         for sigma in (here, there):
             x = x - 0.1 * unet(x, sigma.clone().expand(1), CONTEXT)
             if announced:
