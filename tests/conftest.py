@@ -33,7 +33,7 @@ SLOWEST_FIRST = (
     "test_pipelines",
     "test_reliability",
     "test_companion",
-    "test_benchmarks",
+    "test_speed",
     "test_calibrate",
     "test_lora",
     "test_nested",

@@ -150,7 +150,7 @@ class Reached:
         elif isinstance(value, property):
             for accessor in (value.fget, value.fset, value.fdel):
                 self._add(accessor, depth)
-        elif hasattr(value, "cache_clear") and hasattr(value, "__wrapped__"):
+        elif isinstance(value, functools._lru_cache_wrapper):
             self.memos.append(value)
             self._add(value.__wrapped__, depth)
         elif isinstance(value, type):

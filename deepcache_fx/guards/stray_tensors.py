@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -105,8 +106,8 @@ def _owners(holder: Any, seen: AbstractSet[int], height: int) -> Iterable[str]:
         yield "" if is_library(holder.__module__) else f"the function {holder.__qualname__}"
     elif isinstance(holder, type):
         yield "" if is_library(holder.__module__) else f"the class {holder.__name__}"
-    elif isinstance(holder, dict) and _is_meta(holder):
-        yield ""
+    elif isinstance(holder, torch.Tensor) or (isinstance(holder, dict) and _is_meta(holder)):
+        yield ""  # of a tensor that wraps others, its own stand-in does
     elif not isinstance(holder, _ANONYMOUS) or (isinstance(holder, dict) and type(holder) is not dict):
         yield "" if type(holder).__module__.partition(".")[0] == "torch" else f"a {type(holder).__name__}"
     elif isinstance(holder, dict) and "__name__" in holder and "__builtins__" in holder:

@@ -18,7 +18,6 @@ from deepcache_fx.cli import options
 from deepcache_fx.cli import plan as cli_plan
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.files import writing as files
-from deepcache_fx.options import DEFAULT_FORECAST
 from tests import command, small
 from tests.command import run
 
@@ -56,8 +55,8 @@ def test_compare_writes_the_picture_the_numbers_and_a_table(model: str, tmp_path
     assert (values["full_calls"], values["shallow_calls"]) == ([2], [2])
     assert (values["width"], values["height"], values["dtype"]) == (16, 16, "float32")
     assert values["psnr"] > 20
-    assert values["forecast"] == DEFAULT_FORECAST
-    assert "forecast 1" in " ".join(output.split())
+    assert values["forecast"] == "auto"
+    assert "forecast auto" in " ".join(output.split())
     for expected in ("speed-up", "bound", f"{values['psnr']:.1f} dB", "2 full + 2 shallow", "picture: output.png"):
         assert expected in output
     with Image.open(tmp_path / "output.png") as picture:

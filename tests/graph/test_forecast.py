@@ -14,7 +14,7 @@ import deepcache_fx
 from deepcache_fx import DeepCacheError, Steps
 from deepcache_fx.execution import cuda_graphs
 from deepcache_fx.graph.forecast import coefficients
-from deepcache_fx.options import DEFAULT_FORECAST, Options
+from deepcache_fx.options import Options
 from deepcache_fx.runtime.attach import runtime_of
 from tests import models, small
 from tests.compvis import CompVisUNet, denoise
@@ -109,8 +109,8 @@ def test_equals_the_operand_forecast_in_plain_eager_code(order: int, full: set[i
 
 
 def test_unless_told_otherwise_the_forecast_is_linear() -> None:
-    assert Options().forecast == Options.make().forecast == DEFAULT_FORECAST == 1
-    assert inspect.signature(deepcache_fx.optimize).parameters["forecast"].default == 1
+    assert Options().forecast == Options.make().forecast == "auto"
+    assert inspect.signature(deepcache_fx.optimize).parameters["forecast"].default == "auto"
     unet = deepcache_fx.optimize(CompVisUNet(), interval=3, backend="eager", disable="all")
     actual = denoise(unet, TIMESTEPS)
     full = set(range(0, 20, 3))
@@ -208,5 +208,5 @@ def test_half_precision_is_summed_in_single() -> None:
 
 @pytest.mark.parametrize("order", [-1, 3, True, 1.5, "linear"])
 def test_other_orders_are_refused(order: Any) -> None:
-    with pytest.raises(DeepCacheError, match=r"forecast must be 0 \(repeat the cached feature\), 1 or 2, got"):
+    with pytest.raises(DeepCacheError, match=r"forecast must be "auto", 0 \(repeat the cached feature\), 1 or 2, got"):
         deepcache_fx.optimize(CompVisUNet(), forecast=order)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -395,7 +396,7 @@ def test_merges_in_all_feature_maps_of_a_unet_up_to_the_factor(factor: int, coun
 @pytest.mark.parametrize("rates", [(), ("refresh_rate", "prompt_rate")])
 def test_merges_in_one_variant_alone(rates: tuple[str, ...]) -> None:
     gm, _ = captured_unet()
-    whole = Captured(gm, None)  # type: ignore[arg-type]
+    whole = Captured(gm, pytree.tree_structure(0))
     variants = split(whole, find_skip_connections(gm.graph)[0], rates=rates, prompt_inputs=(2,))
     full, shallow = variants.full.step, variants.cuts[0].shallow.step
     before = [total_macs(graph.graph.nodes).total for graph in (full, shallow)]

@@ -116,7 +116,7 @@ def test_a_listing_computes_what_the_graph_does(unet: CompVisUNet, name: str) ->
 
 def test_parameters_are_written_as_the_model_has_them(unet: CompVisUNet) -> None:
     text = deepcache_fx.report(unet).graphs[0]["shallow"]
-    assert "# input_blocks.0.0\n    conv2d = aten.conv2d(args_0, self.input_blocks[0][0].weight," in text
+    assert "# input_blocks.0.0\n    conv2d = aten.conv2d(x, self.input_blocks[0][0].weight," in text
     assert "  # f32[2, 8, 8, 8]" in text
     assert "middle_block" not in text  # the deep half is not there
 

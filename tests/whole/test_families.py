@@ -12,7 +12,7 @@ from hypothesis import settings
 from tests.conftest import SLOWEST_FIRST
 from tests.families import examples, family
 
-MAKEFILE = Path(__file__).parents[1] / "Makefile"
+MAKEFILE = Path(__file__).parents[2] / "Makefile"
 
 
 def marked(params: list[Any]) -> list[tuple[Any, bool]]:
@@ -58,4 +58,4 @@ def test_every_test_is_run_by_a_target_and_properties_by_two(gpu: bool, hypothes
 
 
 def test_modules_that_come_first_are_there() -> None:
-    assert set(SLOWEST_FIRST) <= {path.stem for path in Path(__file__).parent.rglob("test_*.py")}
+    assert set(SLOWEST_FIRST) <= {path.stem for path in Path(__file__).parents[1].rglob("test_*.py")}

@@ -951,7 +951,7 @@ def test_a_thread_that_ends_takes_its_cache_along() -> None:
         denoise(unet, TIMESTEPS[:2])
         held = runtime_of(unet)
         assert held is not None
-        features.extend(weakref.ref(slot.feature) for slot in held._state.slots.values())
+        features.extend(weakref.ref(slot.feature) for slot in held._state.slots)
 
     thread = threading.Thread(target=work)
     thread.start()
