@@ -208,5 +208,5 @@ def test_half_precision_is_summed_in_single() -> None:
 
 @pytest.mark.parametrize("order", [-1, 3, True, 1.5, "linear"])
 def test_other_orders_are_refused(order: Any) -> None:
-    with pytest.raises(DeepCacheError, match=r"forecast must be "auto", 0 \(repeat the cached feature\), 1 or 2, got"):
+    with pytest.raises(DeepCacheError, match=r'forecast must be "auto", 0 \(repeat the cached feature\), 1 or 2, got'):
         deepcache_fx.optimize(CompVisUNet(), forecast=order)
