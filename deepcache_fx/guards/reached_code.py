@@ -22,14 +22,18 @@ import torch
 LIBRARIES = frozenset(
     {
         *sys.stdlib_module_names,
+        "_pytest",
         "accelerate",
         "deepcache_fx",
         "diffusers",
         "einops",
         "huggingface_hub",
+        "hypothesis",
         "numpy",
         "passes",
         "peft",
+        "pluggy",
+        "pytest",
         "safetensors",
         "torch",
         "torchao",
