@@ -73,8 +73,8 @@ def _over(abscissa: str, order: int) -> Callable[[Setting], AbstractContextManag
         case, pipe = setting.case, setting.model.pipe
         places = positions(pipe.scheduler, abscissa, case.steps)
 
-        def moved(step: int, refreshes: Sequence[int], order: int) -> tuple[float, ...]:
-            return coefficients(places[step], tuple(places[refresh] for refresh in refreshes), order)
+        def moved(step: int, refreshes: Sequence[int], order: int, degree: int | None = None) -> tuple[float, ...]:
+            return coefficients(places[step], tuple(places[refresh] for refresh in refreshes), order, degree)
 
         with (
             mock.patch.object(programs, "coefficients", moved),

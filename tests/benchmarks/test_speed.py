@@ -36,7 +36,7 @@ from benchmarks.speed.setup import Settings
 from benchmarks.speed.store import ResultsFile, read_results
 from benchmarks.speed.subjects import KINDS, Subject
 from benchmarks.speed.targets import TARGETS, targets_table
-from deepcache_fx.execution import assemble
+from deepcache_fx.graph import pass_order
 from deepcache_fx.planning.presets import PRESETS, Preset
 from deepcache_fx.runtime.attach import runtime_of
 from tests.families import family, thorough
@@ -398,7 +398,7 @@ def test_a_new_default_pass_is_a_new_arm(monkeypatch: pytest.MonkeyPatch) -> Non
 
     before = set(all_arms())
     assert {"ours-without-canonicalize", "ours-without-refresh-rate", "ours-without-prompt-rate"} <= before
-    monkeypatch.setattr(assemble, "DEFAULT_PASSES", (*assemble.DEFAULT_PASSES, sharpen_pencils))
+    monkeypatch.setattr(pass_order, "DEFAULT_PASSES", (*pass_order.DEFAULT_PASSES, sharpen_pencils))
     assert set(all_arms()) - before == {"ours-without-sharpen-pencils"}
 
 

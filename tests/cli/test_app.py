@@ -167,13 +167,13 @@ def test_a_branch_that_the_model_lacks_is_one_line_and_exit_code_2(model: str, t
     refused(["compare", "--model", model, "--branch", "99"], "branch 99 is out of range", tmp_path)
 
 
-@pytest.mark.parametrize(("given", "expected"), [((), 1), (("--forecast", "0"), 0), (("--forecast", "2"), 2)])
-def test_the_forecast_is_linear_unless_asked_otherwise(
-    model: str, given: tuple[str, ...], expected: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("given", "expected"), [((), "auto"), (("--forecast", "0"), 0), (("--forecast", "2"), 2)])
+def test_the_forecast_is_left_to_the_sampler_unless_asked_otherwise(
+    model: str, given: tuple[str, ...], expected: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    asked: list[int | str] = []
 
-    def compare(*_: object, optimize_arguments: dict[str, int], **options: object) -> object:
+    def compare(*_: object, optimize_arguments: dict[str, int | str], **options: object) -> object:
         asked.append(optimize_arguments["forecast"])
         raise DeepCacheError("enough")
 

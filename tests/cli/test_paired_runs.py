@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import types
 from collections.abc import Sequence
 
@@ -61,7 +62,9 @@ def test_the_bound_follows_from_the_counts_and_the_captured_arithmetic(found: Co
 
 def test_every_repeat_is_timed_and_the_preparation_kept_apart(found: Comparison) -> None:
     assert len(found.baseline_seconds) == len(found.optimized_seconds) == 2
-    assert found.preparation_seconds > max(found.optimized_seconds)
+    captured = found.reports[0].capture_seconds
+    assert found.preparation_seconds + statistics.median(found.optimized_seconds) >= captured
+    assert min(found.optimized_seconds) < captured
 
 
 def test_the_baseline_is_the_untouched_pipeline_on_seeds_counted_up_by_prompt(found: Comparison) -> None:
