@@ -129,6 +129,7 @@ def capture(
     flat = _flatten_border(graph_module, len(call.tensors))
     hold_own_weights(flat, module)
     let_go_of_weights(flat)
+    _refuse_sizes_by_value(flat.graph, model_class.__name__)
     return Captured(flat, out_spec)
 
 
@@ -189,6 +190,17 @@ def _is_functional(graph: fx.Graph) -> bool:
         for node in graph.nodes
         if node.op == "call_function"
     )
+
+
+def _refuse_sizes_by_value(graph: fx.Graph, model: str) -> None:
+    """Raise a CaptureError where a tensor is as long as values say: nothing of it could be planned, kept or counted."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and not all(type(size) is int for size in value.shape):
+            raise CaptureError(
+                f"{model} computes with tensors whose sizes depend on the values of its inputs ({node.name}, of shape "
+                f"{tuple(map(str, value.shape))}): one graph cannot stand for its calls"
+            )
 
 
 def _shapes(call: Call) -> str:

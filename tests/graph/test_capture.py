@@ -103,6 +103,17 @@ class Applies(Small):
         return x * self.scale + rest.get("bias", 0.0)
 
 
+def test_sizes_that_depend_on_values_are_refused() -> None:
+    class Compact(Small):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            wanted = (x > t).flatten().nonzero().flatten()
+            kept = x.flatten().index_select(0, wanted) * self.scale
+            return x.flatten().index_copy(0, wanted, kept).view_as(x)
+
+    with pytest.raises(CaptureError, match=r"Compact .* sizes depend on the values of its inputs \(nonzero"):
+        captured(Compact(), torch.ones(1, 2, 4, 4), torch.tensor(0.5))
+
+
 def test_functions_are_bound_and_the_tensors_beside_them_are_inputs() -> None:
     mask = torch.tensor([1.0, 0.0])
     given = {"functions": [lambda x: x * mask, torch.nn.Identity()], "id": object(), "class": Small}
