@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import diffusers
@@ -45,6 +46,12 @@ SLOWEST_FIRST = (
 )
 """Modules with the longest tests; the others follow in their own order. An idle worker takes tests from the end of
 another's list, so nothing long may lie there."""
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,8 +11,9 @@ import gc
 import sys
 import types
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,8 +38,21 @@ def remove_strays(graph: fx.GraphModule) -> list[str]:
         return []
     gc.collect()  # cycles that nothing holds
     suspects = _suspects(mode)[:_MANY]
-    holders = [holder for tensor in suspects for holder in _holders(tensor, suspects)]
+    with _thawed():
+        holders = [holder for tensor in suspects for holder in _holders(tensor, suspects)]
     return sorted(set(holders))
+
+
+@contextmanager
+def _thawed() -> Iterator[None]:
+    """The collector finds holders among all objects: among those, too, that `gc.freeze` took out of its sight."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    try:
+        yield
+    finally:
+        if frozen:
+            gc.freeze()
 
 
 def _mode_of(graph: fx.GraphModule) -> FakeTensorMode | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -281,6 +282,17 @@ def test_a_fake_tensor_is_found_wherever_it_stays(place: str, graph: torch.fx.Gr
     assert getattr(hidden, "last", None) is None
     with pytest.raises(Uncapturable, match="a Hidden keeps"), watching():
         pytest.fail("known to write: captured in vain")
+
+
+def test_a_fake_tensor_is_found_in_an_object_that_the_collector_was_told_to_forget(
+    graph: torch.fx.GraphModule,
+) -> None:
+    hidden = Hidden()
+    gc.freeze()
+    hidden.store["dict"]["last"] = fake_of(graph)
+    assert remove_strays(graph) == ["a Hidden"]
+    assert not hidden.store["dict"]
+    assert gc.get_freeze_count()
 
 
 def test_what_the_graph_itself_notes_is_no_side_effect(graph: torch.fx.GraphModule) -> None:
