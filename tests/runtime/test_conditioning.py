@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -126,33 +126,22 @@ def test_each_conditioning_reads_its_own_feature(calls: Calls, trace: str, give:
 )
 @examples(5, 60)
 def test_whatever_the_calls_of_a_step_are_no_feature_of_another_conditioning_is_read(plan: list[list[Batch]]) -> None:
-    unet, expected = deepcache_fx.optimize(CompVisUNet(), interval=INTERVAL, **TO_THE_BIT), Reference()
-    give, step_of = held(), iter([s for s in range(STEPS) for _ in plan[s]])
-    actual = run(unet, plan.__getitem__, give)
-    trace = deepcache_fx.report(unet).last_run
-    # Full calls may be more than the specification has, but every shallow one reads what its own conditioning left.
-    for result, letter, (x, t, context, batch, number) in zip(actual, trace, arguments(plan, give), strict=True):
-        assert torch.equal(result, expected(letter == "F", batch, number, x, t, context)), next(step_of)
-
-
-class Reference:
-    """Reads and writes the operand of one conditioning, and of its number among equal ones of a step."""
-
-    def __init__(self) -> None:
-        self.unet = CompVisUNet()
-        self.oracles: dict[tuple[Batch, int], CatOracle] = {}
-
-    def __call__(self, full: bool, batch: Batch, number: int, *args: Any) -> torch.Tensor:
-        oracle = self.oracles.setdefault((batch, number), CatOracle(self.unet.forward, 0))
-        result: torch.Tensor = oracle(full, *args)
-        return result
-
-
-def arguments(plan: list[list[Batch]], give: Give) -> Iterator[tuple[Any, ...]]:
+    """Full calls may be more than the schedule has; a shallow one reads what its own conditioning left since then."""
+    unet, plain, give = deepcache_fx.optimize(CompVisUNet(), interval=INTERVAL, **TO_THE_BIT), CompVisUNet(), held()
+    actual = zip(run(unet, plan.__getitem__, give), deepcache_fx.report(unet).last_run, strict=True)
+    left: dict[Batch, list[CatOracle]] = {}
     for step, t in enumerate(TIMESTEPS):
-        for index, batch in enumerate(plan[step]):
-            x = SAMPLES[step].expand(len(batch), -1, -1, -1)
-            yield x, t.expand(len(batch)), give(batch), batch, plan[step][:index].count(batch)
+        if step % INTERVAL == 0:
+            left.clear()
+        for batch in plan[step]:
+            result, letter = next(actual)
+            call = SAMPLES[step].expand(len(batch), -1, -1, -1), t.expand(len(batch)), give(batch)
+            if letter == "F":
+                left.setdefault(batch, []).append(CatOracle(plain.forward, 0))
+                assert torch.equal(result, left[batch][-1](True, *call)), step
+            else:
+                assert any(torch.equal(result, oracle(False, *call)) for oracle in left.get(batch, ())), step
+    assert next(actual, None) is None
 
 
 def test_a_buffer_that_is_written_into_is_another_conditioning() -> None:
