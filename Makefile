@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
+DOCS := $(VENV)/.docs
 # Compiled when imported, not when installed: most modules of torch and transformers never are.
 INSTALL := $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable
 TESTS := $(BIN)/python -m pytest --durations=10
 
-.PHONY: demo test test-all test-gpu check bench format clean
+.PHONY: demo test test-all test-gpu check bench docs format clean
 .DEFAULT_GOAL := demo
 
 # What the package itself needs.
@@ -23,6 +24,12 @@ $(RUNTIME): pyproject.toml constraints.txt
 $(DEV): $(RUNTIME)
 	@echo "installing what the tests need into $(VENV)"
 	@$(INSTALL) '.[dev]'
+	@touch $@
+
+# And what the documentation is built with.
+$(DOCS): $(RUNTIME)
+	@echo "installing what the documentation needs into $(VENV)"
+	@$(INSTALL) '.[docs]'
 	@touch $@
 
 demo: $(RUNTIME) ## a trained pipeline with and without caching: times, picture, report
@@ -51,5 +58,8 @@ bench: $(DEV) ## the benchmarks that are sensible on this machine
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.speed.report
 
+docs: $(DOCS) ## the documentation as a site in site/; a broken link fails
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site

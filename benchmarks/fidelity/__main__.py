@@ -177,7 +177,7 @@ def main(
         console = Console(width=120)  # a log has no width of its own
     try:
         if report:
-            console.print(f"{write_report(RESULTS, ROOT / 'docs', work)} rows: docs/fidelity.md")
+            console.print(f"{write_report(RESULTS, ROOT / 'docs')} rows: docs/fidelity.md")
             return
         request = Request(
             prompts, reference, clip, images, batch, samplers, steps, intervals, arms, branch, seed, device, json,

@@ -1,4 +1,4 @@
-"""Which order of the forecast is closest to the uncached images, sampler by sampler and by kind of sampler."""
+"""Which order of the forecast is closest to the uncached images, by kind of sampler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from benchmarks.fidelity.cases import Case, Row
-from benchmarks.fidelity.samplers import SAMPLERS, title
+from benchmarks.fidelity.samplers import SAMPLERS
 from benchmarks.fidelity.targets import PUBLISHED, find, psnr
 
 ORDERS = (1, 2)
@@ -16,22 +16,22 @@ ORDERS = (1, 2)
 INTERVALS = (2, 3, 5, 10)
 
 ABOUT_ORDERS = """\
-How many dB closer to the uncached images *forecast-1* and *forecast-2* are than *repeat*, which is order 0: the closest
-of the three is bold, and where neither is, repeating is closest (or none is by 0.1 dB). By kind of sampler it is the
-median over models and samplers, and in brackets in how many of them *forecast-1* is closer than *repeat*.
+A shallow step reads the cached feature. Order 0 repeats that of the last full step (*repeat*), order 1 takes the line
+through the last two (*forecast-1*), order 2 the parabola through the last three (*forecast-2*). The table tells by how
+many dB *forecast-1*, *forecast-2* are closer to the uncached images than *repeat*: the median over models and samplers,
+and in brackets in how many of them *forecast-1* is closer. The closest order is bold. Where none is, it is order 0, or
+none is closer by 0.1 dB.
 
-- Deterministic samplers: order 1 is closer than order 0 in every row, also at 8 steps. Order 2 is mostly closer still
-  with *ddpm*, and mostly farther than order 1 with *t2i*.
-- Deterministic samplers whose steps are spaced unevenly (Karras sigmas): order 1 from 20 steps on, order 0 at 8. A
-  forecast over the timestep instead of the number of the step is farther at 8 steps with both models, and at 20 closer
-  with one and farther with the other (*forecast-1-over-timestep*).
-- Samplers that draw noise at their steps: order 0 with *ddpm*, where order 1 is 0.9 dB farther on average (2.8 at
-  most); a draw with *t2i* (0.1 dB closer on average, from 1.3 farther to 2.9 closer). Order 1 does best with DPM++
-  SDE at 50 steps, which are 99 calls of the UNet. Order 2 is farther nearly everywhere, by up to 7.3 dB.
-- LCM: order 0, by up to 7.7 dB. TCD draws noise in the *ddpm* pipeline, which leaves eta at 0.3; the pipeline of Stable
-  Diffusion passes eta 0, and then order 1 is closer as for any deterministic sampler.
+- Deterministic samplers: order 1 is closer than order 0 in every row. Order 2 is mostly closer still with *ddpm*, and
+  mostly farther than order 1 with *t2i*.
+- With unevenly spaced steps (Karras sigmas): order 1 from 20 steps on, order 0 at 8.
+- Samplers that draw noise: order 0 with *ddpm*; with *t2i* orders 0 and 1 are 0.1 dB apart on average.
+- LCM: order 0, by up to 7.7 dB.
+- Forecasts over the timestep, sigma or the log-SNR instead of the number of the step (arms *forecast-1-over-...*) are
+  not closer than *forecast-1*, but for the timestep with *ddpm* at 20 steps of Karras sigmas.
 
-Where nothing is clipped (*t2i*), Euler ancestral and DDPM are one and the same sampler, with equal rows."""
+`forecast="auto"` follows from this: order 1, but order 0 in runs whose scheduler is seen to draw noise, and in runs of
+at most 8 steps of very different lengths."""
 
 
 def gain(rows: Sequence[Row], order: int, interval: int) -> float | None:
@@ -50,16 +50,6 @@ def kind(group: Case) -> str:
     if sampler.draws:
         return "draws noise"
     return "deterministic, uneven steps" if sampler.settings.get("use_karras_sigmas") else "deterministic"
-
-
-def each_sampler(groups: Mapping[Case, Sequence[Row]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """A table: per group and interval how many dB order 1 and order 2 are closer than order 0; the best is bold."""
-    lines = []
-    for group, rows in groups.items():
-        cells = [_cell({order: gain(rows, order, interval) for order in ORDERS}) for interval in INTERVALS]
-        if any(cells):
-            lines.append((group.model, title(group.sampler), kind(group), str(group.steps), str(group.images), *cells))
-    return ("model", "sampler", "kind", "steps", "images", *(f"N={n}" for n in INTERVALS)), lines
 
 
 def _cell(gains: Mapping[int, float | None]) -> str:

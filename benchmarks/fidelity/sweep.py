@@ -95,8 +95,6 @@ class Sweep:
     batch: int
     work: Path
     lpips: Any = None
-    shown: int = 10
-    """Images of every case that are kept for the sheet."""
     advance: Advance = lambda case, done: None
     _costs: dict[int, UNetCost] = field(default_factory=dict)
 
@@ -179,7 +177,6 @@ class Sweep:
                 else:
                     pairs.add(kept(images).float(), store.get(part))
                 tally.add(images, part)
-                self._keep_shown(case, part, images)
                 self.advance(case, part.stop)
             if arm.cached:
                 report = deepcache_fx.report(model.pipe)
@@ -205,22 +202,11 @@ class Sweep:
             notes=tuple(notes),
         )
 
-    def _keep_shown(self, case: Case, part: range, images: torch.Tensor) -> None:
-        if part.start == 0 and self.shown:
-            strips = self.work / "strips"
-            strips.mkdir(parents=True, exist_ok=True)
-            save_file({"images": images[: self.shown].half().contiguous()}, strip_path(self.work, case))
-
 
 def total_seconds(kinds: str, durations: Mapping[str, Quantiles | None]) -> float | None:
     """Of a run with these calls, from the median call of each kind; None where a kind has no time."""
     medians = [time.median for kind in kinds if (time := durations.get(kind)) is not None]
     return sum(medians) if len(medians) == len(kinds) else None
-
-
-def strip_path(work: Path, case: Case) -> Path:
-    """Where the first images of a case are kept for the sheet."""
-    return work / "strips" / f"{case.key.replace('/', '-').replace(' ', '-')}.safetensors"
 
 
 def groups(base: Case, samplers: Sequence[str], steps: Sequence[int]) -> Iterator[Case]:

@@ -1,10 +1,9 @@
-"""Tables and plots of the measured rows: `python -m benchmarks.speed.report` reads and writes benchmarks/results."""
+"""docs/speed.md, between its markers, and its plots, from the rows under benchmarks/results alone."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,16 +19,6 @@ from benchmarks.speed.store import read_results
 from benchmarks.speed.targets import targets_table
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
-COMMAND = "python -m benchmarks.speed.report"
-
-SUMMARY_ARMS = (
-    "eager", "compile", "compile-max-autotune", "helper", "helper-compile", "eager-fewer-steps", "compile-fewer-steps",
-    "ours-eager", "ours-compile", "ours-uncached", "ours-cuda-graphs",
-)  # fmt: skip
-SUMMARY_COLUMNS = (
-    "arm", "1:N", "full step, ms", "shallow step, ms", "loop, s", "x eager", "x compile", "x helper", "MAC bound",
-    "error to helper",
-)  # fmt: skip
 
 Group = tuple[object, ...]
 
@@ -79,7 +68,12 @@ def _times(value: Quantiles | None, scale: float = 1e3) -> str:
     """Median, and behind it the 20 % and 80 % quantiles."""
     if value is None:
         return ""
-    return f"{value.median * scale:.3g} ({value.low * scale:.3g}-{value.high * scale:.3g})"
+    median, low, high = (_short(each * scale) for each in (value.median, value.low, value.high))
+    return f"{median} ({low}-{high})"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _number(value: float | None, form: str = ".2f") -> str:
@@ -168,20 +162,19 @@ def provenance(rows: Sequence[Result]) -> str:
     return "\n\n".join(lines)
 
 
-def full_report(rows: Sequence[Result], plots: dict[Group, list[str]], profiles: Sequence[dict[str, Any]] = ()) -> str:
-    """The whole of speed.md."""
-    parts = ["# Speed", f"Made by `{COMMAND}` from the JSON files beside it.", LEGEND]
-    parts += ["## Targets", targets_table(list(grouped(rows).values()))]
+def tables(rows: Sequence[Result], plots: dict[Group, list[str]], profiles: Sequence[dict[str, Any]] = ()) -> str:
+    """All that is written between the markers; `plots` are relative to the page."""
+    parts = [LEGEND, "## Targets", targets_table(list(grouped(rows).values()))]
     for group, members in grouped(rows).items():
         members = sorted(members, key=_order)
         parts += [f"## {heading(members[0])} on {group[0]}", markdown_table(members)]
-        parts += [f"![{name}]({name})" for name in plots.get(group, [])]
+        parts += [f"![{heading(members[0])}]({name})" for name in plots.get(group, [])]
         missing = [f"- {r.case.arm} 1:{r.case.interval}: {r.status}, {r.reason}" for r in members if r.reason]
         notes = [f"- {r.case.arm} 1:{r.case.interval}: {text}" for r in members for text in r.measured.notes]
         parts += ["\n".join([*missing, *notes])] * bool(missing or notes) + [provenance(members)]
     if profiles:
         parts += ["## Where the time of one step goes", profiles_section(profiles)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _order(row: Result) -> tuple[bool, float, str, int]:
@@ -190,50 +183,40 @@ def _order(row: Result) -> tuple[bool, float, str, int]:
     return (speed is None, speed or 0.0, row.case.arm, row.case.interval)
 
 
-# README.
-
-
-def summary(rows: Sequence[Result], plots: dict[Group, list[str]], where: str) -> str:
-    """README's section: of the fastest kind of device there are rows of, the arms that a user would choose among."""
-    device = "cuda" if any(row.case.device.startswith("cuda") for row in rows) else "cpu"
-    columns = [column for column in COLUMNS if column[0] in SUMMARY_COLUMNS]
-    parts = []
-    for group, members in grouped(rows).items():
-        chosen = [row for row in sorted(members, key=_order) if row.case.arm in SUMMARY_ARMS]
-        if not chosen[:1] or not chosen[0].case.device.startswith(device) or chosen[0].case.batch > 1:
-            continue
-        parts += [f"**{heading(chosen[0])}**, {group[0]}", markdown_table(chosen, columns)]
-        parts += [f"![{name}]({where}/{name})" for name in plots.get(group, [])]
-    parts.append(f"Every arm, what the columns mean, versions and commands: [{where}/speed.md]({where}/speed.md).")
-    return "\n\n".join(parts)
-
-
 def replace_section(text: str, section: str) -> str:
-    """`text` with `section` between the two markers; as it is where they are missing."""
+    """`text` with `section` between the two markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    return f"{before}{begin}\n{section}\n{end}{after}" if begin and end else text
+    if not (begin and end):
+        raise ValueError(f"there is no section between {BEGIN} and {END}")
+    return f"{before}{begin}\n{section}\n{end}{after}"
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="The directory of the JSON files, written to as well.")] = RESULTS,
-    readme: Annotated[Path, typer.Option(help="Rewritten between its markers, where it has them.")] = ROOT
-    / "README.md",
+    results: Annotated[Path, typer.Option(help="The directory of the JSON files.")] = RESULTS,
+    page: Annotated[Path, typer.Option(help="Rewritten between its markers; plots lie in the folder of its name.")] = (
+        ROOT / "docs/speed.md"
+    ),
 ) -> None:
-    """Make speed.md and the plots of every results file, and README's section of them."""
+    """Write the tables and plots of every results file into the page on speed."""
     paths = [path for path in sorted(results.glob("*.json*")) if path.suffix != ".tmp" and is_results(path)]
     rows = load(paths)
     if not rows:
         raise typer.BadParameter(f"no rows in {results.name}: run python -m benchmarks.speed first")
     if importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter("the plots need matplotlib: pip install 'deepcache-fx[bench]'")
-    plots = {group: draw(heading(members[0]), members, results) for group, members in grouped(rows).items()}
-    (results / "speed.md").write_text(full_report(rows, plots, read_profiles(results)))
-    if readme.exists():
-        text = readme.read_text()
-        where = Path(os.path.relpath(results, readme.parent)).as_posix()
-        readme.write_text(replace_section(text, summary(rows, plots, where)))
-    typer.echo(f"{len(rows)} rows of {len(plots)} groups: speed.md")
+    pictures = page.with_suffix("")
+    pictures.mkdir(exist_ok=True)
+    plots = {
+        group: [f"{pictures.name}/{name}" for name in draw(heading(members[0]), members, pictures)]
+        for group, members in grouped(rows).items()
+    }
+    page.write_text(replace_section(page.read_text(), tables(rows, plots, read_profiles(results))))
+    typer.echo(f"{len(rows)} rows of {len(plots)} groups: {page.name}")
 
 
 if __name__ == "__main__":

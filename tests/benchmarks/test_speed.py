@@ -212,26 +212,25 @@ def test_what_a_control_runs_is_measured_along_without_a_row_of_its_own(tmp_path
 
 
 @thorough
-def test_the_report_is_made_of_the_rows_and_rewrites_only_its_section_of_the_readme(
+def test_the_report_is_made_of_the_rows_and_rewrites_only_its_section_of_the_page(
     measured: tuple[Path, dict[str, Result]], tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
     path, rows = measured
     (tmp_path / "speed.json").write_text(path.read_text())
     (tmp_path / "other.json").write_text('{"not": "rows"}')
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    report_main(tmp_path, readme)
-    text = readme.read_text()
+    page = tmp_path / "speed.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    report_main(tmp_path, page)
+    text = page.read_text()
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter\n")
-    assert "old" not in text
+    assert "\nold\n" not in text
     speedup = rows["ours-eager"].derived.over_eager
     assert speedup is not None
     assert f"| {speedup:.2f} |" in next(line for line in text.splitlines() if line.startswith("| ours-eager |"))
-    report = (tmp_path / "speed.md").read_text()
-    assert "ours-cuda-graphs 1:2: absent, CUDA graphs need a CUDA device" in report
-    names = [line.split("](")[1].rstrip(")") for line in report.splitlines() if line.startswith("![")]
+    assert "ours-cuda-graphs 1:2: absent, CUDA graphs need a CUDA device" in text
+    names = [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert names
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
@@ -569,8 +568,9 @@ def test_targets_are_met_missed_or_not_measured_by_the_rows_alone() -> None:
     assert all(line.endswith("|  | not measured |") for line in lines if line.startswith("| cuda |"))
 
 
-def test_a_readme_without_markers_is_left_alone() -> None:
-    assert replace_section("# Title\n", "new") == "# Title\n"
+def test_a_page_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no section between"):
+        replace_section("# Title\n", "new")
     assert replace_section(f"a{BEGIN}b{END}c", "new") == f"a{BEGIN}\nnew\n{END}c"
 
 

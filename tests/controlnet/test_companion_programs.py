@@ -111,7 +111,7 @@ def test_the_weights_are_the_networks_own(network: ControlNetModel) -> None:
 
 @thorough
 def test_a_shallow_step_of_the_sd15_controlnet_is_a_third_of_a_percent() -> None:
-    """Stable Diffusion 1.5 at 512x512 with guidance, cut at branch 0: what the README says. On the meta device."""
+    """Stable Diffusion 1.5 at 512x512 with guidance, cut at branch 0: see docs/controlnet.md. On the meta device."""
     chosen = preset("sd15")
     unet = chosen.build()
     known = set(inspect.signature(ControlNetModel.__init__).parameters) - {"mid_block_type"}

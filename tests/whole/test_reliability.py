@@ -1,4 +1,4 @@
-"""What goes wrong in cached diffusion, and does not here: the twelve failures of docs/reliability.md, faults and load.
+"""What goes wrong in cached diffusion, and does not here: failures 1 to 12 of docs/reliability.md, faults and load.
 
 Where the published implementation fails and that is cheap to show, it is run beside ours in the same test.
 """
@@ -91,7 +91,7 @@ def attempt(function: Callable[[], torch.Tensor]) -> torch.Tensor | Exception:
         return error
 
 
-# The twelve failures, by their number in docs/reliability.md.
+# Failures by their number in docs/reliability.md.
 
 
 def image_to_image() -> Any:

@@ -1,4 +1,4 @@
-"""What else people do to a UNet, and caching on top of it: one test per cell of the README's table.
+"""What else people do to a UNet, and caching on top of it: one test per cell of the table in docs/stacking.md.
 
 "Works" means: the optimised model returns what the same model returns eagerly with its deep operand replaced by the one
 of the last full step (`tests.oracles.specified`), and shallow steps run.
