@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Protocol, Self, TypeVar
 
 import torch
@@ -34,8 +33,8 @@ class Bindable(Protocol):
     def copies_weights(self) -> bool:
         """True where something else than these graphs may hold the values of weights."""
 
-    def renewed(self, others: Mapping[int, torch.Tensor], model: torch.nn.Module) -> Self:
-        """The entry over other weights, by the ids of those that they replace; the graphs hold them already."""
+    def renewed(self, others: Collection[torch.Tensor]) -> Self:
+        """The entry over other weights, which the graphs hold already."""
 
     def release(self) -> None:
         """Give recorded graphs back."""
@@ -123,52 +122,32 @@ def _bind_all(
     """
     weights = model_state.weights()
     live = set(map(id, weights))
-    old: list[tuple[Hashable, E, dict[int, torch.Tensor]]] = []
-    others: dict[int, torch.Tensor] = {}
+    is_rebound = False
     for key, entry in list(entries.items()):
         assert isinstance(key, tuple)
         assert entry.binding is not None
-        if key[0] == settings.structure:
-            if entry.weights != settings.weights:
-                replaced = entry.binding.replaced(weights)
-                old.append((key, entry, replaced))
-                others |= replaced
-        elif not entry.binding.all_in(live):
-            dropped.append(entries.pop(key))
-    if others:
-        model_state.replace_weights(others, module)
-    model_state.keep_only(live)
-    is_rebound = False
-    for key, entry, replaced in old:
-        if replaced or entry.copies_weights():
+        if key[0] != settings.structure:
+            if not entry.binding.all_in(live):
+                dropped.append(entries.pop(key))
+            continue
+        if entry.weights == settings.weights:
+            continue
+        others = entry.binding.replaced(weights)
+        if others or entry.copies_weights():
             dropped.append(entry)
-            renewed = _renewed(entry, others, weights, module, partial(entries.pop, key))
-            if renewed is None:
+            try:
+                entry.binding.bind(weights)
+                entries[key] = renewed = entry.renewed(others.values())
+                renewed.binding = Binding(renewed.graphs(), weights)
+            except BaseException as error:  # of its graphs some may hold others by now
+                del entries[key]
+                if not isinstance(error, Exception):
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+                warnings.warn(f"{type(module).__name__} is captured anew for other weights: {reason}", stacklevel=2)
                 continue
-            entries[key] = entry = renewed
-            is_rebound = is_rebound or bool(replaced)
-        entry.weights = settings.weights
+            renewed.weights = settings.weights
+            is_rebound = is_rebound or bool(others)
+        else:
+            entry.weights = settings.weights
     return is_rebound
-
-
-def _renewed(
-    entry: E,
-    others: Mapping[int, torch.Tensor],
-    weights: tuple[torch.Tensor, ...],
-    module: torch.nn.Module,
-    give_up: Callable[[], object],
-) -> E | None:
-    """An entry bound to these weights in the place of one that `others` replace; None where it was given up."""
-    assert entry.binding is not None
-    try:
-        entry.binding.bind(weights)
-        renewed = entry.renewed(others, module)
-        renewed.binding = Binding(renewed.graphs(), weights)
-    except BaseException as error:  # of its graphs some may hold others by now
-        give_up()
-        if not isinstance(error, Exception):
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"{type(module).__name__} is captured anew for other weights: {reason}", stacklevel=2)
-        return None
-    return renewed

@@ -21,7 +21,6 @@ from deepcache_fx.execution.cuda_graphs import Recorder
 from deepcache_fx.graph.capture import capture, refuse_layerwise_offload
 from deepcache_fx.graph.lazy import all_computed, computed
 from deepcache_fx.graph.listing import Listings
-from deepcache_fx.graph.pass_order import ToLayOut
 from deepcache_fx.graph.signature import Call, CallReader, UnsupportedInput
 from deepcache_fx.guards.fingerprint import Settings
 from deepcache_fx.guards.model_state import ModelState
@@ -433,14 +432,12 @@ class Runtime:
             with self.model_state.watching(module, call.objects()) as watched:
                 captured = capture(module, call, self.reader, self.model_class)
                 watched.captured(captured.graph)
-            to_lay_out = ToLayOut(self.model_state.layout, module, in_use=bool(self._entries))
             entry = assemble(
                 captured,
                 call,
                 self.options,
                 name=self.model_class.__name__,
                 recorders=self.recorders,
-                weights=to_lay_out if self.model_state.are_moved(call.sample.device) else None,
             )
         except Uncapturable:
             raise
