@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable
 from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import fx
 
 from deepcache_fx.graph.capture import CAPTURE_LOCK
+from deepcache_fx.graph.signature import Call
 from deepcache_fx.graph.weights import Binding
 from deepcache_fx.guards.fingerprint import Settings
 from deepcache_fx.guards.model_state import ModelState
@@ -43,69 +44,68 @@ class Bindable(Protocol):
 E = TypeVar("E", bound=Bindable)
 
 
-def is_at_hand(entries: Mapping[Hashable, E], settings: Settings | None, call: Hashable) -> bool:
-    """True where there is an entry of these settings and this call, bound to the weights that they stand for."""
-    if settings is None:
-        return False
-    entry = entries.get((settings.structure, call))
-    return entry is not None and entry.weights == settings.weights
-
-
-def find_or_make(
-    entries: OrderedDict[Hashable, E],
-    settings: Settings | None,
-    call: Hashable,
-    *,
-    look: Callable[[], Settings],
-    make: Callable[[], E],
-    model_state: ModelState,
-    module: torch.nn.Module,
-    limit: int,
-    rebound: Callable[[], object],
-) -> tuple[Settings, E]:
-    """The entry of these settings and this call, made now if there is none, under the lock that captures need.
+class Captures(OrderedDict[Hashable, E]):
+    """Entries by (structure, call), the least recently used first.
 
     Args:
-        entries: By (structure, call).
-        settings: Of the module, as last seen.
-        call: Its key.
-        look: Gives the settings as they are: none is made under the name of settings that have changed since.
-        make: Makes an entry.
-        model_state: Knows the module's weights, as of the last look.
-        module: What is captured.
-        limit: How many entries there may be.
-        rebound: Is called where entries were bound to other weights.
-
-    Returns:
-        The settings that the entry belongs to, and the entry.
+        limit: How many there may be.
     """
-    key = (settings.structure, call) if settings is not None else None
-    entry = entries.get(key)
-    if settings is None or entry is None or entry.weights != settings.weights:
-        dropped: list[E] = []
-        try:
-            with CAPTURE_LOCK, sources_forgotten():
-                settings = look()
-                if _bind_all(entries, settings, model_state, module, dropped):
-                    rebound()
-                key = (settings.structure, call)
-                entry = entries.get(key)  # another thread may have been first
-                if entry is None:
-                    entry = make()
-                    entry.binding = Binding(entry.graphs(), model_state.weights())
-                    entry.weights = settings.weights
-                    entries[key] = entry
-                    while len(entries) > limit:
-                        dropped.append(entries.popitem(last=False)[1])
-                model_state.note_values()
-        finally:
-            for old in dropped:  # not under the lock, which recorded programs take after their own
-                old.release()
-    elif len(entries) > 1:
-        with CAPTURE_LOCK:
-            if key in entries:
-                entries.move_to_end(key)
-    return settings, entry
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+        self.made = 0
+        """How many there have been."""
+        self.rebound = 0
+        """How often entries were bound to other weights."""
+
+    def is_at_hand(self, settings: Settings, call: Call) -> bool:
+        """True where there is an entry of these settings and this call, bound to the weights that they stand for."""
+        entry = self.get((settings.structure, call.key))
+        return entry is not None and entry.weights == settings.weights
+
+    def find_or_make(
+        self,
+        settings: Settings,
+        call: Call,
+        model_state: ModelState,
+        module: torch.nn.Module,
+        make: Callable[[torch.nn.Module, Call], E],
+    ) -> tuple[Settings, E]:
+        """The entry of these settings and this call, made now if there is none, under the lock that captures need.
+
+        None is made under the name of settings that have changed since `model_state` looked at the module.
+
+        Returns:
+            The settings that the entry belongs to, and the entry.
+        """
+        key = (settings.structure, call.key)
+        entry = self.get(key)
+        if entry is None or entry.weights != settings.weights:
+            dropped: list[E] = []
+            try:
+                with CAPTURE_LOCK, sources_forgotten():
+                    settings = model_state.settings(module, call.sample.device, thorough=True)
+                    self.rebound += _bind_all(self, settings, model_state, module, dropped)
+                    key = (settings.structure, call.key)
+                    entry = self.get(key)  # another thread may have been first
+                    if entry is None:
+                        entry = make(module, call)
+                        entry.binding = Binding(entry.graphs(), model_state.weights())
+                        entry.weights = settings.weights
+                        self[key] = entry
+                        self.made += 1
+                        while len(self) > self._limit:
+                            dropped.append(self.popitem(last=False)[1])
+                    model_state.note_values()
+            finally:
+                for old in dropped:  # not under the lock, which recorded programs take after their own
+                    old.release()
+        elif len(self) > 1:
+            with CAPTURE_LOCK:
+                if key in self:
+                    self.move_to_end(key)
+        return settings, entry
 
 
 def _bind_all(
