@@ -7,7 +7,6 @@ from passes.canonicalize import Canonicalize as Canonicalize
 from passes.choose_attention import ChooseAttention as ChooseAttention
 from passes.fold_constants import FoldConstants as FoldConstants
 from passes.fuse_group_norm import FuseGroupNorm as FuseGroupNorm
-from passes.fuse_linears import FuseLinears as FuseLinears
 from passes.merge_equal import MergeEqual as MergeEqual
 from passes.runner import Pass as Pass
 from passes.runner import PassError as PassError

@@ -10,14 +10,8 @@
 
 Add, `cat` and SiLU may each be missing. The SiLU goes where nothing else reads the norm, the add where nothing else
 reads the sum: one that is computed anyway costs no more to read than x does. So it is with a `cat`: next to a 1x1
-shortcut convolution that reads it (in every decoder block of diffusers) it stays, unless one of its operands is slow.
-
-    h = cat([slow, b], 1)                             s = deepcache_fx.group_statistics(slow, C // groups)
-    n = group_norm(h, ...)                            n = deepcache_fx.cat_group_norm(slow, b, ..., statistics_a=s)
-
-`slow` is for values that change less often than the graph runs, a cached feature: their statistics become a node that
-depends on them alone, for the caller to move where they are computed. Then the norm reads only the other operand twice,
-whoever else reads the `cat`. Absorbing a `cat` hides the skip connection that it is: do it after the split.
+shortcut convolution that reads it (in every decoder block of diffusers) it stays. Absorbing a `cat` hides the skip
+connection that it is: do it after the split.
 
 Opt-in, for it changes roundings: sums and norms are no longer rounded to the storage type in between. It is for GPUs;
 elsewhere the operators run plain PyTorch. On CUDA the norm keeps channels-last inputs channels-last, where PyTorch's
@@ -26,7 +20,7 @@ makes its output contiguous; it is left alone if something downstream (a `view`,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,16 +42,14 @@ class FuseGroupNorm(PassBase):
 
     Args:
         cat: Whether to absorb concatenations.
-        slow: Says of an operand of a `cat` whether its statistics are to be a node of their own.
 
     Attributes:
         declined: The norms that the last call left alone, and why.
     """
 
-    def __init__(self, *, cat: bool = True, slow: Callable[[fx.Node], bool] = lambda node: False) -> None:
+    def __init__(self, *, cat: bool = True) -> None:
         super().__init__()
         self.cat = cat
-        self.slow = slow
         self.declined: tuple[Declined, ...] = ()
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -82,20 +74,16 @@ class FuseGroupNorm(PassBase):
         settings = (*(argument(norm, name) for name in names), last is not norm)
 
         halves = self._halves(source, norm)
-        added: list[fx.Node] = []
         if halves is None:
             target = torch.ops.deepcache_fx.group_norm.default
             x, addend = _sum(source, norm) or (source, None)
-            args = (x, *settings, addend)
+            args: tuple[Any, ...] = (x, *settings, addend)
         else:
             target = torch.ops.deepcache_fx.cat_group_norm.default
-            tables = _statistics(halves, [self.slow(half) for half in halves], norm)
-            added += [table for table in tables if table is not None]
-            args = (*halves, *settings, *tables)
+            args = (*halves, *settings)
         fused = add_call(target, args, before=norm, like=norm)
         if _strides_matter(last, value(fused)):
-            for node in (fused, *added):
-                norm.graph.erase_node(node)
+            norm.graph.erase_node(fused)
             return "its output would change from contiguous to channels-last, and what reads it depends on that"
         last.replace_all_uses_with(fused)
         for node in dict.fromkeys((last, norm, source)):
@@ -105,7 +93,7 @@ class FuseGroupNorm(PassBase):
 
     def _halves(self, source: fx.Node, norm: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """The operands of a `cat` that the norm is to read itself."""
-        if not self.cat or not is_op(source, aten.cat.default):
+        if not self.cat or not is_op(source, aten.cat.default) or only_user(source) is not norm:
             return None
         operands, joined = source.args[0], tensor(source)
         assert isinstance(operands, Sequence)
@@ -118,8 +106,6 @@ class FuseGroupNorm(PassBase):
             val = tensor(half)
             if val is None or (val.ndim, val.dtype) != (joined.ndim, joined.dtype) or not val.shape[1]:
                 return None
-        if only_user(source) is not norm and not (self.slow(first) or self.slow(second)):
-            return None
         return first, second
 
 
@@ -148,17 +134,6 @@ def _sum(source: fx.Node, norm: fx.Node) -> tuple[fx.Node, fx.Node] | None:
             assert isinstance(addend, fx.Node)
             return x, addend
     return None
-
-
-def _statistics(halves: Sequence[fx.Node], slow: Sequence[bool], norm: fx.Node) -> list[fx.Node | None]:
-    """Nodes for the statistics of the slow halves."""
-    group = value(norm).shape[1] // argument(norm, "num_groups")
-    target = torch.ops.deepcache_fx.group_statistics.default
-    starts = (0, value(halves[0]).shape[1])
-    return [
-        add_call(target, (half, group, start), before=norm, like=norm) if chosen else None
-        for half, start, chosen in zip(halves, starts, slow, strict=True)
-    ]
 
 
 def _strides_matter(node: fx.Node, new: Any) -> bool:

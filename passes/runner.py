@@ -34,13 +34,9 @@ class PassRecord:
     declined: tuple[str, ...] = ()
     """Places that the pass looked at and left as they were, and why; of passes that say so (`declined`)."""
 
-    done: tuple[str, ...] = ()
-    """What it did where, of passes that say so (`done`)."""
-
     def __str__(self) -> str:
-        done = f"; {len(self.done)} places" if self.done else ""
         left = f"; left {len(self.declined)} as they were" if self.declined else ""
-        return f"{self.name}: {self.nodes_before} -> {self.nodes_after} nodes, {self.seconds * 1e3:.1f} ms{done}{left}"
+        return f"{self.name}: {self.nodes_before} -> {self.nodes_after} nodes, {self.seconds * 1e3:.1f} ms{left}"
 
 
 def pass_name(item: Pass) -> str:
@@ -75,8 +71,7 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass]) -> tuple[fx.GraphModu
             raise PassError(f"pass {name!r} failed: {type(error).__name__}: {error}") from error
         seconds = time.perf_counter() - started
         declined = tuple(map(str, getattr(item, "declined", ())))
-        done = tuple(map(str, getattr(item, "done", ())))
-        records.append(PassRecord(name, modified, before, len(gm.graph.nodes), seconds, declined, done))
+        records.append(PassRecord(name, modified, before, len(gm.graph.nodes), seconds, declined))
     return gm, tuple(records)
 
 

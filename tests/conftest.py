@@ -38,7 +38,7 @@ SLOWEST_FIRST = (
     "test_calibrate",
     "test_lora",
     "test_nested",
-    "test_laid_out_weights",
+    "test_changed_weights",
     "test_fidelity",
     "test_follow",
     "test_pass_orders",

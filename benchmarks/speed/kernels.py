@@ -92,21 +92,18 @@ def add_norm_silu(shape: tuple[int, ...], like: torch.Tensor) -> Operation:
 
 
 def cat_norm_silu(shape: tuple[int, ...], like: torch.Tensor) -> Operation:
-    """GroupNorm and SiLU of a concatenation; ours has the first half's statistics from the full step."""
+    """GroupNorm and SiLU of a concatenation."""
     samples, channels, *positions = shape
     weight, bias = like.new_ones(channels), like.new_zeros(channels)
-    table = torch.ones(2, samples, -(-GROUPS // 2), device=like.device)
 
-    def separate(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, _: object) -> torch.Tensor:
+    def separate(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return F.silu(F.group_norm(torch.cat([a, b], 1), GROUPS, weight, bias))
 
-    def ours(
-        a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, table: torch.Tensor
-    ) -> torch.Tensor:
-        return passes.kernels.cat_group_norm(a, b, weight, bias, GROUPS, 1e-5, True, table)
+    def ours(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return passes.kernels.cat_group_norm(a, b, weight, bias, GROUPS, 1e-5, True)
 
     half = (samples, channels // 2, *positions)
-    return Operation({"eager": separate, "ours": ours}, (half, half), (weight, bias, table))
+    return Operation({"eager": separate, "ours": ours}, (half, half), (weight, bias))
 
 
 def geglu(shape: tuple[int, ...], like: torch.Tensor) -> Operation:

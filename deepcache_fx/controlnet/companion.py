@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from deepcache_fx.graph.capture import capture, refuse_layerwise_offload
 from deepcache_fx.graph.signature import Call, UnsupportedInput
 from deepcache_fx.guards.fingerprint import Settings
 from deepcache_fx.guards.model_state import ModelState
-from deepcache_fx.runtime.captures import find_or_make
+from deepcache_fx.runtime.captures import Captures
 from deepcache_fx.runtime.pairing import Coming, Handed
 from deepcache_fx.runtime.report import CompanionCapture, CompanionReport
 from deepcache_fx.runtime.runtime import Runtime, why_original
@@ -68,16 +68,16 @@ class Companion:
         self._options = runtime.options
         self._runtime = weakref.ref(runtime)
         self._recorders = runtime.recorders
-        self._entries: OrderedDict[Hashable, CompanionEntry] = OrderedDict()
+        self._entries: Captures[CompanionEntry] = Captures(self._options.max_captures)
         self._failures: dict[Hashable, str] = {}
         self._state = _ThreadState()
-        self._captures = self._rebound = self._full = self._shallow = self._completed = 0
+        self._full = self._shallow = self._completed = 0
         self._kept_full: Counter[str] = Counter()
         self._original_calls: Counter[str] = Counter()
 
     def adopt(self, before: Companion) -> None:
         """Take over the programs of another companion of the same ControlNet."""
-        self._entries, self._captures, self._rebound = before._entries, before._captures, before._rebound
+        self._entries = before._entries
 
     def runtime(self) -> Runtime | None:
         """The UNet's; None where the UNet is gone."""
@@ -192,25 +192,12 @@ class Companion:
         if failure is not None:
             return failure
         try:
-            return find_or_make(
-                self._entries,
-                settings,
-                call.key,
-                look=partial(self.model_state.settings, module, call.sample.device, thorough=True),
-                make=partial(self._make_entry, module, call),
-                model_state=self.model_state,
-                module=module,
-                limit=self._options.max_captures,
-                rebound=self._count_rebound,
-            )[1]
+            return self._entries.find_or_make(settings, call, self.model_state, module, self._make_entry)[1]
         except DeepCacheError as error:
             if len(self._failures) >= _FAILURES_KEPT:
                 self._failures.clear()
             self._failures[key] = str(error)
             return str(error)
-
-    def _count_rebound(self) -> None:
-        self._rebound += 1
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> CompanionEntry:
         started = time.perf_counter()
@@ -220,7 +207,6 @@ class Companion:
             watched.captured(captured.graph)
         entry = assemble_companion(captured, call, self._options, self._recorders)
         entry.seconds = time.perf_counter() - started
-        self._captures += 1
         return entry
 
     def report(self) -> CompanionReport:
@@ -228,8 +214,8 @@ class Companion:
         run = self._state.run
         return CompanionReport(
             model=self.model_class.__name__,
-            captures=self._captures,
-            rebound=self._rebound,
+            captures=self._entries.made,
+            rebound=self._entries.rebound,
             full_calls=self._full,
             shallow_calls=self._shallow,
             completed_calls=self._completed,

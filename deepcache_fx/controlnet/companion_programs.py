@@ -11,7 +11,7 @@ picture down to the size of the latent run once per picture.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,18 +19,17 @@ import torch
 from torch import fx
 
 from deepcache_fx.controlnet.conditioning import multiply_in_float32
-from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.execution.assemble import Compiled, prompt_stage, single_program, why_not_recorded
 from deepcache_fx.execution.cuda_graphs import Recorder
 from deepcache_fx.execution.programs import Programs, PromptStage, Values
 from deepcache_fx.graph.capture import CAPTURE_LOCK, Captured
 from deepcache_fx.graph.macs import total_macs
-from deepcache_fx.graph.pass_order import apply_passes, last_passes
+from deepcache_fx.graph.pass_order import apply_passes, post_split_passes, run_on_step
 from deepcache_fx.graph.signature import Call
 from deepcache_fx.graph.split import Variant, in_stages, keep_outputs
 from deepcache_fx.graph.weights import Binding, let_go_of_weights
 from deepcache_fx.options import Options
-from passes import PassError, PassRecord, pass_name, run_passes
+from passes import PassRecord
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Step:
     def __call__(self, tensors: Sequence[torch.Tensor], prompt: Values) -> Sequence[Any]:
         return self.programs.full(0, tensors, prompt)[0] if self.outputs else ()
 
-    def renewed(self, others: Mapping[int, torch.Tensor]) -> Step:
+    def renewed(self, others: Collection[torch.Tensor]) -> Step:
         """The same over other weights, which the graph holds already (see `Entry.renewed`)."""
         compiled, programs = self.compiled.renewed(others)
         return replace(self, compiled=compiled, programs=programs)
@@ -111,7 +110,7 @@ class CompanionEntry:
         """True where something else than these graphs may hold the values of weights."""
         return self.full.compiled.copies_weights
 
-    def renewed(self, others: Mapping[int, torch.Tensor], model: torch.nn.Module) -> CompanionEntry:
+    def renewed(self, others: Collection[torch.Tensor]) -> CompanionEntry:
         """The entry of the same graphs over other weights (see `Entry.renewed`)."""
         renewed = replace(self, stage=prompt_stage(self.variant))
         renewed.full = self.full.renewed(others)
@@ -124,13 +123,8 @@ class CompanionEntry:
 
     def _step(self, outputs: tuple[int, ...], name: str) -> Step:
         started = time.perf_counter()
-        graph = keep_outputs(self.staged, outputs)
-        last = [item for item in last_passes(None) if self.options.uses(pass_name(item))]
-        try:
-            graph, records = run_passes(graph, last)
-        except PassError as error:
-            raise DeepCacheError(f"{name} variant: {error}") from error
-        self.passes += tuple(replace(record, name=f"{record.name} ({name})") for record in records)
+        graph, records = run_on_step(name, keep_outputs(self.staged, outputs), post_split_passes(self.options))
+        self.passes += records
         compiled = single_program(graph, self.options, self.device, self.why_not_recorded, self.recorders)
         step = Step(outputs, graph, compiled, compiled.record(compiled.called), total_macs(graph.graph.nodes).total)
         if self.binding is not None:

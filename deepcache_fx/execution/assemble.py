@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -16,7 +16,7 @@ from deepcache_fx.execution.programs import Called, Programs, PromptStage, Shall
 from deepcache_fx.execution.recorded import Recorded
 from deepcache_fx.graph.capture import Captured
 from deepcache_fx.graph.only import Only
-from deepcache_fx.graph.pass_order import ToLayOut, apply_passes, finish
+from deepcache_fx.graph.pass_order import apply_passes, finish
 from deepcache_fx.graph.signature import Call
 from deepcache_fx.graph.skips import pick_branches, require_skip_connections
 from deepcache_fx.graph.split import RATES, Variant, Variants, copied, split
@@ -24,8 +24,6 @@ from deepcache_fx.graph.weights import Binding, is_aligned, let_go_of_weights, u
 from deepcache_fx.options import Options
 from deepcache_fx.schedules.branch import Branch
 from passes import Pass, PassRecord
-from passes.fuse_linears import bind
-from passes.weight_layout import Joined, WeightLayout
 
 
 @dataclass
@@ -39,14 +37,10 @@ class Compiled:
     """Makes them again."""
     copies_weights: bool
     """False where they read the graphs' weights at every call."""
-    joined: tuple[Joined, ...]
-    """What they read besides: weights that were laid out together."""
 
-    def renewed(self, others: Mapping[int, torch.Tensor]) -> tuple[Compiled, Programs]:
-        """The same over other weights, by the ids of those that they replace; the graphs hold them already."""
-        for one in self.joined:
-            one.replace(others)
-        again = self.copies_weights or not all(map(is_aligned, others.values()))
+    def renewed(self, others: Collection[torch.Tensor]) -> tuple[Compiled, Programs]:
+        """The same over other weights, which the graphs hold already."""
+        again = self.copies_weights or not all(map(is_aligned, others))
         renewed = replace(self, called=self.compile()) if again else self
         return renewed, renewed.record(renewed.called)
 
@@ -65,8 +59,8 @@ class Entry:
     passes: tuple[PassRecord, ...]
     inputs: str
     compiled: Compiled
-    again: Callable[[torch.nn.Module], Entry] | None = None
-    """Makes it again of what was captured of the model, where passes may have taken values from the weights."""
+    again: Callable[[], Entry] | None = None
+    """Makes it again of what was captured, where passes may have taken values from the weights."""
     raw: fx.GraphModule | None = None
     """What `again` begins with."""
     binding: Binding | None = None
@@ -96,14 +90,14 @@ class Entry:
         """True where something else than these graphs may hold the values of weights, or what follows from them."""
         return self.again is not None or self.compiled.copies_weights
 
-    def renewed(self, others: Mapping[int, torch.Tensor], model: torch.nn.Module) -> Entry:
-        """The entry of the same graphs over other weights, by the ids of those that they replace.
+    def renewed(self, others: Collection[torch.Tensor]) -> Entry:
+        """The entry of the same graphs over other weights, which they hold already.
 
-        The graphs hold them already. It is another object, so that nobody takes a deep feature or prompt values of the
+        It is another object, so that nobody takes a deep feature or prompt values of the
         weights before for those of these.
         """
         if self.again is not None:
-            return replace(self.again(model), seconds=self.seconds)
+            return replace(self.again(), seconds=self.seconds)
         compiled, programs = self.compiled.renewed(others)
         return replace(self, programs=programs, compiled=compiled, prompts=_prompt_stages(self.variants))
 
@@ -115,7 +109,6 @@ def assemble(
     *,
     name: str,
     recorders: MutableMapping[torch.device, Recorder],
-    weights: ToLayOut | None,
 ) -> Entry:
     """Make the programs of a captured call. `name` is the model's, for errors; recorders are shared, one a device.
 
@@ -123,19 +116,18 @@ def assemble(
         DeepCacheError: a pass failed, there is no such branch, or the backend is unknown.
     """
     raw = copied(captured.graph) if any(map(_may_read_weights, options.passes)) else None
-    again: Callable[[torch.nn.Module], Entry] | None = None
+    again: Callable[[], Entry] | None = None
     if raw is not None:
-        layout = weights.layout if weights is not None else None
         like = _without_values(call, raw)
-        again = partial(_assemble_again, captured.with_graph(raw), like, options, name, recorders, layout)
+        again = partial(assemble, captured.with_graph(raw), like, options, name=name, recorders=recorders)
     captured, records = apply_passes(captured, options)
     skips = require_skip_connections(captured.graph.graph, name)
     branches = pick_branches(skips, options.branch, options.schedule.branches, name)
     rates = [name for name in RATES if options.uses(name)]
     chosen = list(dict.fromkeys(branches.values()))
     variants = split(captured, chosen, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.order)
-    variants, more, joined = finish(variants, options, weights)
-    compiled = _compiled(variants, joined, call, options, recorders)
+    variants, more = finish(variants, options)
+    compiled = _compiled(variants, call, options, recorders)
     programs = compiled.record(compiled.called)
     let_go_of_weights(captured.graph)
     return Entry(
@@ -150,19 +142,6 @@ def assemble(
         again,
         raw,
     )
-
-
-def _assemble_again(
-    captured: Captured,
-    call: Call,
-    options: Options,
-    name: str,
-    recorders: MutableMapping[torch.device, Recorder],
-    layout: WeightLayout | None,
-    model: torch.nn.Module,
-) -> Entry:
-    weights = ToLayOut(layout, model, in_use=True) if layout is not None else None
-    return assemble(captured, call, options, name=name, recorders=recorders, weights=weights)
 
 
 def _may_read_weights(item: Pass) -> bool:
@@ -192,32 +171,29 @@ def _prompt_stages(variants: Variants) -> dict[str, PromptStage]:
 
 def _compiled(
     variants: Variants,
-    joined: Mapping[str, Sequence[Joined]],
     call: Call,
     options: Options,
     recorders: MutableMapping[torch.device, Recorder],
 ) -> Compiled:
     device = call.sample.device
     why_not = why_not_recorded(options, call)
-    compile_all = partial(_compile, variants, joined, options, device, why_not)
+    compile_all = partial(_compile, variants, options, device, why_not)
     return Compiled(
         compile_all(),
-        partial(_recorded, variants, joined, device, why_not, recorders),
+        partial(_recorded, variants, device, why_not, recorders),
         compile_all,
         copies_weights(options, device),
-        tuple(chain.from_iterable(joined.values())),
     )
 
 
 def _compile(
     variants: Variants,
-    joined: Mapping[str, Sequence[Joined]],
     options: Options,
     device: torch.device,
     why_not: str | None,
 ) -> Called:
     steps = {name: variant.step for name, variant in variants.named().items()}
-    full, *shallow = [bind(compile_variant(step, options, device), joined[name]) for name, step in steps.items()]
+    full, *shallow = [compile_variant(step, options, device) for step in steps.values()]
     return Called(
         full_program=full,
         cuts=tuple(
@@ -232,7 +208,6 @@ def _compile(
 
 def _recorded(
     variants: Variants,
-    joined: Mapping[str, Sequence[Joined]],
     device: torch.device,
     why_not: str | None,
     recorders: MutableMapping[torch.device, Recorder],
@@ -240,10 +215,7 @@ def _recorded(
 ) -> Programs:
     if why_not is not None:
         return called
-    weights = {
-        name: (*_weights(variant.step), *chain.from_iterable(one.weights for one in joined[name]))
-        for name, variant in variants.named().items()
-    }
+    weights = {name: _weights(variant.step) for name, variant in variants.named().items()}
     return Recorded(called, _recorder(device, recorders), weights, [cut.cache for cut in variants.cuts], device)
 
 
@@ -266,7 +238,7 @@ def single_program(
             return called
         return Recorded(called, _recorder(device, recorders), {"full": _weights(step)}, (), device)
 
-    return Compiled(compile_it(), record, compile_it, copies_weights(options, device), ())
+    return Compiled(compile_it(), record, compile_it, copies_weights(options, device))
 
 
 def _recorder(device: torch.device, recorders: MutableMapping[torch.device, Recorder]) -> Recorder:

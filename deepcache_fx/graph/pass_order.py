@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
+from torch import fx
 
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.graph.capture import Captured
@@ -17,7 +16,6 @@ from passes import (
     Canonicalize,
     ChooseAttention,
     FoldConstants,
-    FuseLinears,
     MergeEqual,
     Pass,
     PassError,
@@ -25,32 +23,22 @@ from passes import (
     pass_name,
     run_passes,
 )
-from passes.fuse_linears import sibling_parameters
-from passes.weight_layout import Joined, WeightLayout
 
 DEFAULT_PASSES: tuple[Pass, ...] = (Canonicalize(), FoldConstants(), MergeEqual())
 """Exact passes, in order, applied to the captured graph before the split."""
 
-
-def last_passes(layout: WeightLayout | None = None) -> tuple[FuseLinears, ChooseAttention]:
-    """Those that run on each variant's step: after the user's passes, which match the plain operators."""
-    return FuseLinears(layout), ChooseAttention()
-
-
-@dataclass(frozen=True)
-class ToLayOut:
-    """The weights of a model that may be laid out (see `FuseLinears`)."""
-
-    layout: WeightLayout
-    model: torch.nn.Module
-    in_use: bool
-    """True where a program reads them, maybe at this moment: they then stay where they are."""
+POST_SPLIT_PASSES: tuple[Pass, ...] = (ChooseAttention(),)
+"""Those that run on each variant's step: after the user's passes, which match the plain operators."""
 
 
 def default_names() -> list[str]:
     """What `disable` takes: the default passes and the rates."""
-    passes: tuple[Pass, ...] = (*DEFAULT_PASSES, *last_passes())
-    return [*map(pass_name, passes), *RATES]
+    return [*map(pass_name, (*DEFAULT_PASSES, *POST_SPLIT_PASSES)), *RATES]
+
+
+def post_split_passes(options: Options) -> list[Pass]:
+    """Those of `POST_SPLIT_PASSES` that are not disabled."""
+    return [item for item in POST_SPLIT_PASSES if options.uses(pass_name(item))]
 
 
 def check_disabled(options: Options) -> None:
@@ -79,39 +67,32 @@ def apply_passes(captured: Captured, options: Options) -> tuple[Captured, tuple[
     return captured.with_graph(graph), records
 
 
-def finish(
-    variants: Variants, options: Options, weights: ToLayOut | None = None
-) -> tuple[Variants, tuple[PassRecord, ...], Mapping[str, tuple[Joined, ...]]]:
+def finish(variants: Variants, options: Options) -> tuple[Variants, tuple[PassRecord, ...]]:
     """Run the user's passes for one variant alone, and the last default ones, on each variant's step.
-
-    Returns:
-        The variants, what the passes did, and by variant the weights that its step takes as further inputs.
 
     Raises:
         DeepCacheError: a pass failed (named).
     """
-    steps = {name: variant.step for name, variant in variants.named().items()}
-    records: dict[str, list[PassRecord]] = {name: [] for name in steps}
-
-    def run(name: str, passes: Sequence[Pass]) -> None:
-        try:
-            steps[name], more = run_passes(steps[name], passes)
-        except PassError as error:
-            raise DeepCacheError(f"{name} variant: {error}") from error
-        records[name] += [replace(record, name=f"{record.name} ({name})") for record in more]
-
-    for name in steps:
+    steps: dict[str, fx.GraphModule] = {}
+    records: list[PassRecord] = []
+    for name, variant in variants.named().items():
         kind = "full" if name == "full" else "shallow"
-        run(name, [item.item for item in options.passes if isinstance(item, Only) and item.variant == kind])
-    if weights is not None and options.uses("fuse_linears") and not weights.in_use:
-        # The few of the shallowest step first: then those lie together for all.
-        groups = [group for name in [*list(steps)[1:], "full"] for group in sibling_parameters(steps[name])]
-        weights.layout.lay_out(groups, within=weights.model)
-    last = {name: last_passes(weights.layout if weights is not None else None) for name in steps}
-    for name in steps:
-        run(name, [item for item in last[name] if options.uses(pass_name(item))])
-    return (
-        variants.with_steps(steps),
-        tuple(chain.from_iterable(records.values())),
-        {name: fuse.joined for name, (fuse, _) in last.items()},
-    )
+        own = [item.item for item in options.passes if isinstance(item, Only) and item.variant == kind]
+        steps[name], more = run_on_step(name, variant.step, (*own, *post_split_passes(options)))
+        records += more
+    return variants.with_steps(steps), tuple(records)
+
+
+def run_on_step(
+    name: str, step: fx.GraphModule, passes: Sequence[Pass]
+) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
+    """Run passes on the step of the variant of that name, which their records and errors tell.
+
+    Raises:
+        DeepCacheError: a pass failed (named).
+    """
+    try:
+        step, records = run_passes(step, passes)
+    except PassError as error:
+        raise DeepCacheError(f"{name} variant: {error}") from error
+    return step, tuple(replace(record, name=f"{record.name} ({name})") for record in records)

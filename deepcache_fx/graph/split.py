@@ -51,7 +51,7 @@ class Variant:
     """One kind of step.
 
     `prompt` maps the inputs that `prompt_inputs` counts to the prompt values, and is None where there are none. `step`
-    takes the prompt values last; behind them, once `fuse_linears` has run, weights that were laid out together.
+    takes the prompt values last.
     """
 
     step: fx.GraphModule

@@ -1,8 +1,8 @@
-"""What the graphs of one model bake in, its Python-level settings, and how its weights lie in memory for them."""
+"""What the graphs of one model bake in: its Python-level settings, and the strides of its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,15 +14,12 @@ from deepcache_fx.graph.weights import stamps
 from deepcache_fx.guards.fingerprint import Fingerprint, Settings
 from deepcache_fx.guards.side_effects import SideEffects, Watched
 from deepcache_fx.options import Options
-from passes.weight_layout import WeightLayout
 
 
 class ModelState:
     """Follows one model, arranges its weights for its programs, and undoes that. Holds no reference to the model."""
 
     def __init__(self, options: Options) -> None:
-        self.layout = WeightLayout()
-        """Of sibling projections (see `FuseLinears`)."""
         self._options = options
         self._format = memory_format.ChannelsLastWeights()
         self._fingerprint = Fingerprint()
@@ -44,8 +41,6 @@ class ModelState:
         return settings if not doubts else Settings((settings.structure, doubts), settings.weights)
 
     def _settings(self, module: torch.nn.Module, device: torch.device, thorough: bool) -> Settings:
-        if thorough and self.are_moved(device):
-            self.layout.renew(module)
         if thorough:
             self._look_at_values(device)
         known = self._fingerprint.known(module, thorough=thorough)
@@ -80,10 +75,6 @@ class ModelState:
         """All of the model's, as last looked at (see `Fingerprint.weights`)."""
         return self._fingerprint.weights()
 
-    def replace_weights(self, others: Mapping[int, torch.Tensor], module: torch.nn.Module) -> None:
-        """Arrange weights as those that they replace, given by the ids of those."""
-        self.layout.replace(others, within=module)
-
     @contextmanager
     def watching(self, module: torch.nn.Module, also: Iterable[object] = ()) -> Iterator[Watched]:
         """Raise an Uncapturable where a graph of the module would leave out something that its forward does.
@@ -98,12 +89,7 @@ class ModelState:
         """True where programs are compiled for a device on which it matters how weights lie."""
         return device.type in memory_format.DEVICE_TYPES and pick_backend(self._options, device) != "eager"
 
-    def keep_only(self, live: Collection[int]) -> None:
-        """Let go of weights that the model no longer has; `live` are the ids of those it has."""
-        self.layout.keep_only(live)
-
     def restore(self) -> None:
-        """Give the model's weights the strides and the memory that they had, whatever their values are by now."""
+        """Give the model's weights the strides that they had, whatever their values are by now."""
         self._format.undo()
-        self.layout.undo()
         self._fingerprint.expire()  # else what another model's programs keep as it is would count as ours

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Hashable
 from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import fx
 
 from deepcache_fx.graph.capture import CAPTURE_LOCK
+from deepcache_fx.graph.signature import Call
 from deepcache_fx.graph.weights import Binding
 from deepcache_fx.guards.fingerprint import Settings
 from deepcache_fx.guards.model_state import ModelState
@@ -34,8 +34,8 @@ class Bindable(Protocol):
     def copies_weights(self) -> bool:
         """True where something else than these graphs may hold the values of weights."""
 
-    def renewed(self, others: Mapping[int, torch.Tensor], model: torch.nn.Module) -> Self:
-        """The entry over other weights, by the ids of those that they replace; the graphs hold them already."""
+    def renewed(self, others: Collection[torch.Tensor]) -> Self:
+        """The entry over other weights, which the graphs hold already."""
 
     def release(self) -> None:
         """Give recorded graphs back."""
@@ -44,69 +44,68 @@ class Bindable(Protocol):
 E = TypeVar("E", bound=Bindable)
 
 
-def is_at_hand(entries: Mapping[Hashable, E], settings: Settings | None, call: Hashable) -> bool:
-    """True where there is an entry of these settings and this call, bound to the weights that they stand for."""
-    if settings is None:
-        return False
-    entry = entries.get((settings.structure, call))
-    return entry is not None and entry.weights == settings.weights
-
-
-def find_or_make(
-    entries: OrderedDict[Hashable, E],
-    settings: Settings | None,
-    call: Hashable,
-    *,
-    look: Callable[[], Settings],
-    make: Callable[[], E],
-    model_state: ModelState,
-    module: torch.nn.Module,
-    limit: int,
-    rebound: Callable[[], object],
-) -> tuple[Settings, E]:
-    """The entry of these settings and this call, made now if there is none, under the lock that captures need.
+class Captures(OrderedDict[Hashable, E]):
+    """Entries by (structure, call), the least recently used first.
 
     Args:
-        entries: By (structure, call).
-        settings: Of the module, as last seen.
-        call: Its key.
-        look: Gives the settings as they are: none is made under the name of settings that have changed since.
-        make: Makes an entry.
-        model_state: Knows the module's weights, as of the last look.
-        module: What is captured.
-        limit: How many entries there may be.
-        rebound: Is called where entries were bound to other weights.
-
-    Returns:
-        The settings that the entry belongs to, and the entry.
+        limit: How many there may be.
     """
-    key = (settings.structure, call) if settings is not None else None
-    entry = entries.get(key)
-    if settings is None or entry is None or entry.weights != settings.weights:
-        dropped: list[E] = []
-        try:
-            with CAPTURE_LOCK, sources_forgotten():
-                settings = look()
-                if _bind_all(entries, settings, model_state, module, dropped):
-                    rebound()
-                key = (settings.structure, call)
-                entry = entries.get(key)  # another thread may have been first
-                if entry is None:
-                    entry = make()
-                    entry.binding = Binding(entry.graphs(), model_state.weights())
-                    entry.weights = settings.weights
-                    entries[key] = entry
-                    while len(entries) > limit:
-                        dropped.append(entries.popitem(last=False)[1])
-                model_state.note_values()
-        finally:
-            for old in dropped:  # not under the lock, which recorded programs take after their own
-                old.release()
-    elif len(entries) > 1:
-        with CAPTURE_LOCK:
-            if key in entries:
-                entries.move_to_end(key)
-    return settings, entry
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+        self.made = 0
+        """How many there have been."""
+        self.rebound = 0
+        """How often entries were bound to other weights."""
+
+    def is_at_hand(self, settings: Settings, call: Call) -> bool:
+        """True where there is an entry of these settings and this call, bound to the weights that they stand for."""
+        entry = self.get((settings.structure, call.key))
+        return entry is not None and entry.weights == settings.weights
+
+    def find_or_make(
+        self,
+        settings: Settings,
+        call: Call,
+        model_state: ModelState,
+        module: torch.nn.Module,
+        make: Callable[[torch.nn.Module, Call], E],
+    ) -> tuple[Settings, E]:
+        """The entry of these settings and this call, made now if there is none, under the lock that captures need.
+
+        None is made under the name of settings that have changed since `model_state` looked at the module.
+
+        Returns:
+            The settings that the entry belongs to, and the entry.
+        """
+        key = (settings.structure, call.key)
+        entry = self.get(key)
+        if entry is None or entry.weights != settings.weights:
+            dropped: list[E] = []
+            try:
+                with CAPTURE_LOCK, sources_forgotten():
+                    settings = model_state.settings(module, call.sample.device, thorough=True)
+                    self.rebound += _bind_all(self, settings, model_state, module, dropped)
+                    key = (settings.structure, call.key)
+                    entry = self.get(key)  # another thread may have been first
+                    if entry is None:
+                        entry = make(module, call)
+                        entry.binding = Binding(entry.graphs(), model_state.weights())
+                        entry.weights = settings.weights
+                        self[key] = entry
+                        self.made += 1
+                        while len(self) > self._limit:
+                            dropped.append(self.popitem(last=False)[1])
+                    model_state.note_values()
+            finally:
+                for old in dropped:  # not under the lock, which recorded programs take after their own
+                    old.release()
+        elif len(self) > 1:
+            with CAPTURE_LOCK:
+                if key in self:
+                    self.move_to_end(key)
+        return settings, entry
 
 
 def _bind_all(
@@ -123,52 +122,32 @@ def _bind_all(
     """
     weights = model_state.weights()
     live = set(map(id, weights))
-    old: list[tuple[Hashable, E, dict[int, torch.Tensor]]] = []
-    others: dict[int, torch.Tensor] = {}
+    is_rebound = False
     for key, entry in list(entries.items()):
         assert isinstance(key, tuple)
         assert entry.binding is not None
-        if key[0] == settings.structure:
-            if entry.weights != settings.weights:
-                replaced = entry.binding.replaced(weights)
-                old.append((key, entry, replaced))
-                others |= replaced
-        elif not entry.binding.all_in(live):
-            dropped.append(entries.pop(key))
-    if others:
-        model_state.replace_weights(others, module)
-    model_state.keep_only(live)
-    is_rebound = False
-    for key, entry, replaced in old:
-        if replaced or entry.copies_weights():
+        if key[0] != settings.structure:
+            if not entry.binding.all_in(live):
+                dropped.append(entries.pop(key))
+            continue
+        if entry.weights == settings.weights:
+            continue
+        others = entry.binding.replaced(weights)
+        if others or entry.copies_weights():
             dropped.append(entry)
-            renewed = _renewed(entry, others, weights, module, partial(entries.pop, key))
-            if renewed is None:
+            try:
+                entry.binding.bind(weights)
+                entries[key] = renewed = entry.renewed(others.values())
+                renewed.binding = Binding(renewed.graphs(), weights)
+            except BaseException as error:  # of its graphs some may hold others by now
+                del entries[key]
+                if not isinstance(error, Exception):
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+                warnings.warn(f"{type(module).__name__} is captured anew for other weights: {reason}", stacklevel=2)
                 continue
-            entries[key] = entry = renewed
-            is_rebound = is_rebound or bool(replaced)
-        entry.weights = settings.weights
+            renewed.weights = settings.weights
+            is_rebound = is_rebound or bool(others)
+        else:
+            entry.weights = settings.weights
     return is_rebound
-
-
-def _renewed(
-    entry: E,
-    others: Mapping[int, torch.Tensor],
-    weights: tuple[torch.Tensor, ...],
-    module: torch.nn.Module,
-    give_up: Callable[[], object],
-) -> E | None:
-    """An entry bound to these weights in the place of one that `others` replace; None where it was given up."""
-    assert entry.binding is not None
-    try:
-        entry.binding.bind(weights)
-        renewed = entry.renewed(others, module)
-        renewed.binding = Binding(renewed.graphs(), weights)
-    except BaseException as error:  # of its graphs some may hold others by now
-        give_up()
-        if not isinstance(error, Exception):
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"{type(module).__name__} is captured anew for other weights: {reason}", stacklevel=2)
-        return None
-    return renewed

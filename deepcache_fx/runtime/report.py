@@ -262,8 +262,6 @@ class Report:
 class Counts:
     """The running totals behind a report."""
 
-    captures: int = 0
-    rebound: int = 0
     full: int = 0
     shallow: int = 0
     syncs: int = 0

@@ -7,7 +7,6 @@ import itertools
 import threading
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -21,12 +20,11 @@ from deepcache_fx.execution.cuda_graphs import Recorder
 from deepcache_fx.graph.capture import capture, refuse_layerwise_offload
 from deepcache_fx.graph.lazy import all_computed, computed
 from deepcache_fx.graph.listing import Listings
-from deepcache_fx.graph.pass_order import ToLayOut
 from deepcache_fx.graph.signature import Call, CallReader, UnsupportedInput
 from deepcache_fx.guards.fingerprint import Settings
 from deepcache_fx.guards.model_state import ModelState
 from deepcache_fx.options import Options
-from deepcache_fx.runtime.captures import find_or_make, is_at_hand
+from deepcache_fx.runtime.captures import Captures
 from deepcache_fx.runtime.decision import StepDecision, decide
 from deepcache_fx.runtime.forecast_order import LISTENING_STEPS, ForecastOrder, order_of, order_with_noise
 from deepcache_fx.runtime.pairing import Coming, Expectation, Handed, pair
@@ -83,7 +81,8 @@ class _Known:
 
     settings: Settings
     call: Hashable
-    generation: int
+    made: int
+    """How many captures there had been: for another one it may have been given up."""
     entry: Entry
 
 
@@ -128,19 +127,16 @@ class Runtime:
         self.on_first_failure: Callable[[torch.nn.Module], object] = lambda module: None
         self._watches: list[Watch] = []
         self.model_state = ModelState(options)
-        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
+        self._entries: Captures[Entry] = Captures(options.max_captures)
         self._failures: dict[Hashable, str] = {}
         """By settings and call, why there are no programs, where such calls run uncached."""
-        self._generation = 0
-        """Grows with every capture: another one may have been given up for it."""
         self.recorders: dict[torch.device, Recorder] = {}
         self._state = ThreadState()
 
     def adopt(self, before: Runtime) -> None:
         """Take over the programs of a runtime whose options differ in the schedule alone."""
         self._entries, self.recorders, self.model_state = before._entries, before.recorders, before.model_state
-        self.counts.captures, self.device = before.counts.captures, before.device
-        self.counts.rebound = before.counts.rebound
+        self.device = before.device
 
     # What schedulers announce.
 
@@ -353,7 +349,7 @@ class Runtime:
 
     def _check_num_steps(self, module: torch.nn.Module, tick: Tick) -> None:
         if tick.num_steps is None and self.options.schedule.needs_num_steps:
-            if not self.counts.captures:
+            if not self._entries.made:
                 self.on_first_failure(module)
             raise ScheduleError(
                 f"{self.options.schedule} needs the number of denoising steps, and this call does not tell it: pass "
@@ -372,10 +368,8 @@ class Runtime:
 
     def prepare(self, module: torch.nn.Module, call: Call) -> Entry:
         """Capture and split for calls like this one, ahead of the first."""
-        return self._find_or_make(module, call, self._look(module, call))[1]
-
-    def _look(self, module: torch.nn.Module, call: Call) -> Settings:
-        return self.model_state.settings(module, call.sample.device, thorough=True)
+        settings = self.model_state.settings(module, call.sample.device, thorough=True)
+        return self._find_or_make(module, call, settings)[1]
 
     def _entry(self, state: ThreadState, module: torch.nn.Module, call: Call, *, begins_run: bool) -> Entry:
         """The programs for calls like this one, under the model's settings of now, which are looked at here alone."""
@@ -385,10 +379,10 @@ class Runtime:
             known is None
             or known.settings is not settings
             or known.call != call.key
-            or known.generation != self._generation
+            or known.made != self._entries.made
         ):
             settings, entry = self._find_or_make(module, call, settings)
-            known = state.known = _Known(settings, call.key, self._generation, entry)
+            known = state.known = _Known(settings, call.key, self._entries.made, entry)
         return known.entry
 
     def _find_or_make(self, module: torch.nn.Module, call: Call, settings: Settings) -> tuple[Settings, Entry]:
@@ -397,22 +391,12 @@ class Runtime:
         Raises:
             Uncapturable: there can be none, and such calls are to run uncached.
         """
-        if not is_at_hand(self._entries, settings, call.key):
+        if not self._entries.is_at_hand(settings, call):
             if self._failures and (settings.structure, call.key) in self._failures:
                 raise Uncapturable(self._failures[settings.structure, call.key])
             computed(call.tensors)  # now: what computes them may wait for a thread that waits to capture
         try:
-            return find_or_make(
-                self._entries,
-                settings,
-                call.key,
-                look=functools.partial(self._look, module, call),
-                make=functools.partial(self._make_entry, module, call),
-                model_state=self.model_state,
-                module=module,
-                limit=self.options.max_captures,
-                rebound=self._count_rebound,
-            )
+            return self._entries.find_or_make(settings, call, self.model_state, module, self._make_entry)
         except Uncapturable:
             raise
         except DeepCacheError as error:
@@ -423,9 +407,6 @@ class Runtime:
             self._failures[settings.structure, call.key] = str(error)
             raise Uncapturable(str(error)) from error
 
-    def _count_rebound(self) -> None:
-        self.counts.rebound += 1
-
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
         try:
@@ -433,23 +414,19 @@ class Runtime:
             with self.model_state.watching(module, call.objects()) as watched:
                 captured = capture(module, call, self.reader, self.model_class)
                 watched.captured(captured.graph)
-            to_lay_out = ToLayOut(self.model_state.layout, module, in_use=bool(self._entries))
             entry = assemble(
                 captured,
                 call,
                 self.options,
                 name=self.model_class.__name__,
                 recorders=self.recorders,
-                weights=to_lay_out if self.model_state.are_moved(call.sample.device) else None,
             )
         except Uncapturable:
             raise
         except DeepCacheError:
-            if not self.counts.captures and self.options.on_failure == "raise":
+            if not self._entries.made and self.options.on_failure == "raise":
                 self.on_first_failure(module)
             raise
-        self.counts.captures += 1
-        self._generation += 1
         self.device = call.sample.device
         entry.seconds = time.perf_counter() - started
         return entry
@@ -488,8 +465,8 @@ class Runtime:
             model=self.model_class.__name__,
             schedule=str(self.options.schedule),
             backend=backend if isinstance(backend, str) else getattr(backend, "__name__", repr(backend)),
-            captures=counts.captures,
-            rebound=counts.rebound,
+            captures=self._entries.made,
+            rebound=self._entries.rebound,
             full_calls=counts.full,
             shallow_calls=counts.shallow,
             calls_by_branch=dict(sorted(counts.by_cut.items())),

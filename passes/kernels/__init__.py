@@ -2,4 +2,3 @@
 
 from passes.kernels.group_norm import cat_group_norm as cat_group_norm
 from passes.kernels.group_norm import group_norm as group_norm
-from passes.kernels.group_norm import group_statistics as group_statistics

@@ -1,8 +1,7 @@
 """GroupNorm operators that fuse what stands around it in a UNet: an addend, a concatenation, SiLU.
 
     torch.ops.deepcache_fx.group_norm(x, weight, bias, num_groups, eps, silu, addend)
-    torch.ops.deepcache_fx.cat_group_norm(a, b, weight, bias, num_groups, eps, silu, statistics_a, statistics_b)
-    torch.ops.deepcache_fx.group_statistics(x, group_channels, first_channel)
+    torch.ops.deepcache_fx.cat_group_norm(a, b, weight, bias, num_groups, eps, silu)
 
 They run on every device: Triton kernels on CUDA where triton is installed, plain PyTorch elsewhere. Both compute in
 fp32 (fp64 for fp64 inputs) whatever the storage, so that the result differs from the separate operators' by what these
@@ -24,14 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.kernels.group_norm_reference import (
-    accumulator,
-    check,
-    check_statistics,
-    segments,
-    statistics,
-    write_norm,
-)
+from passes.kernels.group_norm_reference import check, write_norm
 
 _TAGS = (torch.Tag.flexible_layout,)
 
@@ -74,14 +66,13 @@ def group_norm(
     True
     """
     check([x], weight, bias, num_groups, addend)
-    return _norm([x], weight, bias, num_groups, eps, silu, addend, [None])
+    return _norm([x], weight, bias, num_groups, eps, silu, addend)
 
 
 @torch.library.custom_op(
     "deepcache_fx::cat_group_norm",
     mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor? weight, Tensor? bias, SymInt num_groups, float eps, bool silu, "
-    "Tensor? statistics_a=None, Tensor? statistics_b=None) -> Tensor",
+    schema="(Tensor a, Tensor b, Tensor? weight, Tensor? bias, SymInt num_groups, float eps, bool silu) -> Tensor",
     tags=_TAGS,
 )
 def cat_group_norm(
@@ -92,8 +83,6 @@ def cat_group_norm(
     num_groups: int,
     eps: float,
     silu: bool,
-    statistics_a: Tensor | None = None,
-    statistics_b: Tensor | None = None,
 ) -> Tensor:
     """silu(group_norm(cat([a, b], 1))) without making the concatenation, the SiLU where `silu` is True.
 
@@ -101,8 +90,6 @@ def cat_group_norm(
         a, b: (N, A, *positions) and (N, B, *positions), of one type.
         weight, bias: (A + B,), or None.
         num_groups: divides A + B; a group may straddle the boundary.
-        statistics_a: group_statistics(a, group_channels), used instead of reading a once more, or None.
-        statistics_b: group_statistics(b, group_channels, A), or None.
 
     Returns:
         (N, A + B, *positions); channels-last where both a and b are, otherwise contiguous.
@@ -110,43 +97,8 @@ def cat_group_norm(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    given = [statistics_a, statistics_b]
-    check([a, b], weight, bias, num_groups, None, given)
-    return _norm([a, b], weight, bias, num_groups, eps, silu, None, given)
-
-
-@torch.library.custom_op(
-    "deepcache_fx::group_statistics",
-    mutates_args=(),
-    schema="(Tensor x, SymInt group_channels, SymInt first_channel=0) -> Tensor",
-    tags=_TAGS,
-)
-def group_statistics(x: Tensor, group_channels: int, first_channel: int = 0) -> Tensor:
-    """Mean and biased variance of every group of channels of a tensor that may be a part of a concatenation.
-
-    A variance rather than its reciprocal root, so that both parts of a group that straddles a boundary can be merged.
-
-    Args:
-        x: (N, C, *positions).
-        group_channels: channels per group.
-        first_channel: of the concatenation, x's first. Groups are counted from the concatenation's channel 0; of
-            groups that lie only partly in x, x's part is described.
-
-    Returns:
-        (2, N, groups that x has channels of), contiguous: means, then variances. fp32; fp64 for fp64.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
-    check_statistics(x, group_channels, first_channel)
-    launch = _launcher(x, group_channels)
-    if launch is None:
-        return statistics(x, group_channels, first_channel)
-    channels_last = _is_channels_last([x])
-    table: Tensor = launch.statistics(
-        _dense(x, channels_last), group=group_channels, first_channel=first_channel, channels_last=channels_last
-    )
-    return table
+    check([a, b], weight, bias, num_groups, None)
+    return _norm([a, b], weight, bias, num_groups, eps, silu, None)
 
 
 @group_norm.register_fake
@@ -158,26 +110,9 @@ def _(
 
 
 @cat_group_norm.register_fake
-def _(
-    a: Tensor,
-    b: Tensor,
-    weight: Any,
-    bias: Any,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-    statistics_a: Tensor | None = None,
-    statistics_b: Tensor | None = None,
-) -> Tensor:
-    check([a, b], weight, bias, num_groups, None, [statistics_a, statistics_b])
+def _(a: Tensor, b: Tensor, weight: Any, bias: Any, num_groups: int, eps: float, silu: bool) -> Tensor:
+    check([a, b], weight, bias, num_groups, None)
     return _empty([a, b])
-
-
-@group_statistics.register_fake
-def _(x: Tensor, group_channels: int, first_channel: int = 0) -> Tensor:
-    check_statistics(x, group_channels, first_channel)
-    groups = segments(x.shape[1], group_channels, first_channel)
-    return x.new_empty((2, x.shape[0], groups), dtype=accumulator(x))
 
 
 def _norm(
@@ -188,7 +123,6 @@ def _norm(
     eps: float,
     silu: bool,
     addend: Tensor | None,
-    given: Sequence[Tensor | None],
 ) -> Tensor:
     """One or two parts of one tensor, normalised: by Triton where it can, else by PyTorch."""
     out = _empty(parts)
@@ -198,15 +132,13 @@ def _norm(
         addend = addend.flatten(1).expand(out.shape[:2])
     launch = _launcher(out, out.shape[1] // num_groups)
     if launch is None:
-        write_norm(out, parts, weight, bias, num_groups, eps, silu, addend, given)
+        write_norm(out, parts, weight, bias, num_groups, eps, silu, addend)
         return out
     channels_last = _is_channels_last(parts)
     a, b, *_ = *(_dense(part, channels_last) for part in parts), None
-    statistics_a, statistics_b, *_ = *(None if table is None else table.contiguous() for table in given), None
     launch.normalize(
         out, a, b, addend, *(None if vector is None else vector.contiguous() for vector in (weight, bias)),
         num_groups=num_groups, eps=eps, silu=silu, channels_last=channels_last,
-        statistics_a=statistics_a, statistics_b=statistics_b,
     )  # fmt: skip
     return out
 

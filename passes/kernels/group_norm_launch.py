@@ -71,12 +71,10 @@ def normalize(
     eps: float,
     silu: bool,
     channels_last: bool,
-    statistics_a: torch.Tensor | None = None,
-    statistics_b: torch.Tensor | None = None,
 ) -> None:
     """Write GroupNorm of cat(a, b) (+ addend, + SiLU) into `out`: see `passes.kernels.group_norm`.
 
-    All feature maps have the layout of `out`; `addend` is (N, C) with any strides; statistics are contiguous.
+    All feature maps have the layout of `out`; `addend` is (N, C) with any strides.
     """
     samples, channels = out.shape[:2]
     size = out[0, 0].numel()
@@ -84,10 +82,9 @@ def normalize(
     strides = (0, 0) if addend is None else addend.stride()
     inputs = (a, b, addend, weight, bias, out)
     shape = (a.shape[1], 0 if b is None else b.shape[1], size, *strides)
-    given = statistics_a is not None or statistics_b is not None
 
     held = tiles(group, num_groups, RUN // 2)
-    if not given and _power(size) * held.block_c <= HELD:
+    if _power(size) * held.block_c <= HELD:
         block_s = _power(size)
         with _device(out):
             kernels.whole_groups[(held.count, samples)](
@@ -98,77 +95,23 @@ def normalize(
             )  # fmt: skip
         return
 
-    # What is not given is computed; where both halves are given, those of `b` take the computed ones' place.
-    boundary = a.shape[1]
-    low, high = (boundary if statistics_a is not None else 0), (channels if statistics_b is None else boundary)
-    other, other_range = statistics_a, (0, boundary)
-    if statistics_a is not None and statistics_b is not None:
-        table, splits, split_rows = statistics_b, 1, size
-        low, high = boundary, channels
-    else:
-        table, splits, split_rows = _split_statistics(a, b, addend, low, high, group, size, channels_last)
-        if statistics_b is not None:
-            other, other_range = statistics_b, (boundary, channels)
     wide = tiles(group, num_groups, RUN)
     block_s = _block_s(size, wide.block_c)
-    parts, steps = share(size, block_s, 8 * _processors(out.device) // (samples * wide.count))
+    programs = samples * wide.count
+    splits, split_steps = share(size, block_s, min(MAX_SPLITS, 3 * _processors(out.device) // programs))
+    parts, steps = share(size, block_s, 8 * _processors(out.device) // programs)
+    table = torch.empty(2, samples, splits, num_groups, device=out.device)
     with _device(out):
+        kernels.statistics[(wide.count, splits, samples)](
+            a, b, addend, table, *shape,
+            GROUP=group, GROUPS=wide.groups, PADDED_GROUPS=wide.padded_groups,
+            BLOCK_C=wide.block_c, BLOCK_S=block_s, STEPS=split_steps, CHANNELS_LAST=channels_last, num_warps=8,
+        )  # fmt: skip
         kernels.normalize[(wide.count, parts, samples)](
-            *inputs, table, other, *shape, eps, low, high, splits, split_rows, *other_range,
+            *inputs, table, *shape, eps, splits, split_steps * block_s,
             GROUP=group, GROUPS=wide.groups, PADDED_GROUPS=wide.padded_groups, PADDED_SPLITS=_power(splits),
             BLOCK_C=wide.block_c, BLOCK_S=block_s, STEPS=steps, CHANNELS_LAST=channels_last, SILU=silu, num_warps=8,
         )  # fmt: skip
-
-
-def statistics(x: torch.Tensor, *, group: int, first_channel: int, channels_last: bool) -> torch.Tensor:
-    """Means and variances (2, N, segments) of a feature map: see `passes.kernels.group_norm`."""
-    samples, size = x.shape[0], x[0, 0].numel()
-    low, high = first_channel, first_channel + x.shape[1]
-    a, b = (x, None) if first_channel == 0 else (None, x)
-    table, splits, rows = _split_statistics(a, b, None, low, high, group, size, channels_last)
-    segments = table.shape[-1]
-    if splits == 1:
-        return table[:, :, 0]
-    wide = tiles(group, segments, RUN)
-    merged = torch.empty(2, samples, segments, device=x.device)
-    with _device(x):
-        kernels.merge_table[(wide.count, samples)](
-            table, merged, low, high, splits, rows, size,
-            GROUP=group, GROUPS=wide.groups, PADDED_GROUPS=wide.padded_groups, PADDED_SPLITS=_power(splits),
-        )  # fmt: skip
-    return merged
-
-
-def _split_statistics(
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    addend: torch.Tensor | None,
-    low: int,
-    high: int,
-    group: int,
-    size: int,
-    channels_last: bool,
-) -> tuple[torch.Tensor, int, int]:
-    """The table of channels low <= c < high, (2, N, splits, segments), its splits, and the rows of each."""
-    some = a if a is not None else b
-    assert some is not None
-    samples = some.shape[0]
-    segments = _ceil(high, group) - low // group
-    wide = tiles(group, segments, RUN)
-    block_s = _block_s(size, wide.block_c)
-    most = min(MAX_SPLITS, 3 * _processors(some.device) // (samples * wide.count))
-    splits, steps = share(size, block_s, most)
-    table = torch.empty(2, samples, splits, segments, device=some.device)
-    strides = (0, 0) if addend is None else addend.stride()
-    a_channels = low if a is None else a.shape[1]
-    with _device(some):
-        kernels.statistics[(wide.count, splits, samples)](
-            a, b, addend, table, a_channels, 0 if b is None else b.shape[1], size, *strides,
-            low // group * group, low, high,
-            GROUP=group, GROUPS=wide.groups, PADDED_GROUPS=wide.padded_groups,
-            BLOCK_C=wide.block_c, BLOCK_S=block_s, STEPS=steps, CHANNELS_LAST=channels_last, num_warps=8,
-        )  # fmt: skip
-    return table, splits, steps * block_s
 
 
 def _block_s(size: int, block_c: int) -> int:

@@ -1,4 +1,4 @@
-"""Triton kernels for GroupNorm: one tensor or a pair that is never concatenated, with statistics given or not.
+"""Triton kernels for GroupNorm: one tensor, or a pair that is never concatenated.
 
 A tile is a few positions by whole groups of channels. In either layout its innermost run is long enough for wide,
 coalesced accesses although one group has as few as ten channels: values are reduced per channel first, and per group
@@ -12,7 +12,7 @@ only once a program is done, by a table of which channel is in which group. Ther
 Storage is fp32, fp16 or bf16; all arithmetic is fp32. Variances come from squared distances to a mean, never from a
 difference of squares: a mean far from zero costs a few roundings of that mean, no more.
 
-Tensors are dense, contiguous or channels-last; `a` and `b` are one tensor's first and last channels, and either may be
+Tensors are dense, contiguous or channels-last; `a` and `b` are one tensor's first and last channels, and `b` may be
 None. `size` is the number of positions of a feature map. `passes.kernels.group_norm_launch` sets the rest.
 """
 
@@ -32,10 +32,9 @@ def _tile(c, s, channels, size, CHANNELS_LAST: tl.constexpr):
 def _load(a, b, addend, n, c, s, inside, a_channels, b_channels, size, CHANNELS_LAST: tl.constexpr):
     """Elements [s, c] of sample n of cat(a, b), plus the addend [c], in fp32; what is not `inside` is unspecified."""
     x = tl.zeros([s.shape[0], c.shape[0]], tl.float32)
-    if a is not None:
-        sample = a + n.to(tl.int64) * a_channels * size
-        there = inside & (c < a_channels)[None, :]
-        x += tl.load(sample + _tile(c, s, a_channels, size, CHANNELS_LAST), mask=there, other=0.0).to(tl.float32)
+    sample = a + n.to(tl.int64) * a_channels * size
+    there = inside & (c < a_channels)[None, :]
+    x += tl.load(sample + _tile(c, s, a_channels, size, CHANNELS_LAST), mask=there, other=0.0).to(tl.float32)
     if b is not None:
         sample = b + n.to(tl.int64) * b_channels * size
         there = inside & (c >= a_channels)[None, :]
@@ -135,9 +134,6 @@ def statistics(
     size,
     addend_sample_stride,
     addend_channel_stride,
-    origin,
-    low,
-    high,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     PADDED_GROUPS: tl.constexpr,
@@ -146,16 +142,14 @@ def statistics(
     STEPS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Mean and variance of STEPS * BLOCK_S positions of GROUPS groups, of their channels low <= c < high alone.
+    """Mean and variance of STEPS * BLOCK_S positions of GROUPS groups of one sample.
 
-    origin: the first channel of the group of `low`. (Were it computed here, nothing would be known of what divides it,
-    and loads would be narrow.)
-    table: (2, samples, splits, groups that have such channels), means before variances.
+    table: (2, samples, splits, groups), means before variances.
     """
     tile, split, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first = origin + tile * (GROUPS * GROUP)
-    c = first + tl.arange(0, BLOCK_C)
-    present = (c >= low) & (c < high) & (c < first + GROUPS * GROUP)
+    channels = a_channels + b_channels
+    c = tile * (GROUPS * GROUP) + tl.arange(0, BLOCK_C)
+    present = (c < channels) & (c < (tile + 1) * (GROUPS * GROUP))
     shift = _addend(addend, n, c, present, addend_sample_stride, addend_channel_stride)
     begin = split * (STEPS * BLOCK_S)
     mean = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
@@ -171,7 +165,7 @@ def statistics(
         squares += tl.where(inside, distance * (x - mean), 0.0)
 
     groups = tl.arange(0, PADDED_GROUPS)
-    member = (((c - first) // GROUP)[:, None] == groups[None, :]) & present[:, None]
+    member = ((c // GROUP - tile * GROUPS)[:, None] == groups[None, :]) & present[:, None]
     number = tl.sum(count, 0) * tl.sum(member.to(tl.float32), 0)
     divisor = tl.maximum(number, 1.0)
     group_mean = _to_groups(tl.sum(mean * count[:, None], 0), member) / divisor
@@ -179,66 +173,28 @@ def statistics(
     squares += count[:, None] * distance * distance
     variance = _to_groups(tl.sum(squares, 0), member) / divisor
 
-    segments = tl.cdiv(high, GROUP) - low // GROUP
-    at = (n * tl.num_programs(1) + split) * segments + tile * GROUPS + groups
-    known = (groups < GROUPS) & (tile * GROUPS + groups < segments)
+    num_groups = channels // GROUP
+    at = (n * tl.num_programs(1) + split) * num_groups + tile * GROUPS + groups
+    known = (groups < GROUPS) & (tile * GROUPS + groups < num_groups)
     tl.store(table + at, group_mean, mask=known)
-    tl.store(table + tl.num_programs(2) * tl.num_programs(1) * segments + at, variance, mask=known)
-
-
-@triton.jit
-def _entries(table, n, samples, splits, g, size, low, high, rows, GROUP: tl.constexpr, PADDED_SPLITS: tl.constexpr):
-    """Counts, means and variances [split, group] that a table of `statistics` has for groups g; zeros elsewhere."""
-    p = tl.arange(0, PADDED_SPLITS)
-    first = low // GROUP
-    segments = tl.cdiv(high, GROUP) - first
-    width = tl.maximum(tl.minimum((g + 1) * GROUP, high) - tl.maximum(g * GROUP, low), 0)
-    length = tl.maximum(tl.minimum(size - p * rows, rows), 0)
-    count = length.to(tl.float32)[:, None] * width.to(tl.float32)[None, :]
-    at = (n * splits + p)[:, None] * segments + (g - first)[None, :]
-    mean = tl.load(table + at, mask=count > 0, other=0.0)
-    variance = tl.load(table + samples * splits * segments + at, mask=count > 0, other=0.0)
-    return count, mean, variance
+    tl.store(table + tl.num_programs(2) * tl.num_programs(1) * num_groups + at, variance, mask=known)
 
 
 @triton.jit
 def _merge(
-    table, low, high, splits, rows, given, given_low, given_high,
-    n, samples, g, size, GROUP: tl.constexpr, PADDED_SPLITS: tl.constexpr,
+    table, n, samples, splits, rows, g, num_groups, size, GROUP: tl.constexpr, PADDED_SPLITS: tl.constexpr
 ):  # fmt: skip
-    """Mean and variance of groups g from a table of splits and, optionally, one of given statistics."""
-    count, means, variances = _entries(table, n, samples, splits, g, size, low, high, rows, GROUP, PADDED_SPLITS)
-    total = tl.sum(count, 0)
-    mean = tl.sum(count * means, 0)
-    if given is not None:
-        count_1, means_1, variances_1 = _entries(given, n, samples, 1, g, size, given_low, given_high, size, GROUP, 1)
-        total += tl.sum(count_1, 0)
-        mean += tl.sum(count_1 * means_1, 0)
-    total = tl.maximum(total, 1.0)
-    mean = mean / total
+    """Mean and variance of groups g from what the splits found, each for `rows` positions."""
+    p = tl.arange(0, PADDED_SPLITS)
+    length = tl.maximum(tl.minimum(size - p * rows, rows), 0).to(tl.float32)
+    count = length[:, None] * tl.where(g < num_groups, GROUP * 1.0, 0.0)[None, :]
+    at = (n * splits + p)[:, None] * num_groups + g[None, :]
+    means = tl.load(table + at, mask=count > 0, other=0.0)
+    variances = tl.load(table + samples * splits * num_groups + at, mask=count > 0, other=0.0)
+    total = tl.maximum(tl.sum(count, 0), 1.0)
+    mean = tl.sum(count * means, 0) / total
     distance = means - mean[None, :]
-    squares = tl.sum(count * (variances + distance * distance), 0)
-    if given is not None:
-        distance_1 = means_1 - mean[None, :]
-        squares += tl.sum(count_1 * (variances_1 + distance_1 * distance_1), 0)
-    return mean, squares / total
-
-
-@triton.jit
-def merge_table(
-    table, merged, low, high, splits, rows, size,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, PADDED_GROUPS: tl.constexpr, PADDED_SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Merge the splits of a table: (2, samples, splits, segments) -> (2, samples, segments)."""
-    tile, n, samples = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    segments = tl.cdiv(high, GROUP) - low // GROUP
-    index = tile * GROUPS + tl.arange(0, PADDED_GROUPS)
-    g = low // GROUP + index
-    mean, variance = _merge(table, low, high, splits, rows, None, 0, 0, n, samples, g, size, GROUP, PADDED_SPLITS)
-    at = n * segments + index
-    known = (index < segments) & (index < (tile + 1) * GROUPS)
-    tl.store(merged + at, mean, mask=known)
-    tl.store(merged + samples * segments + at, variance, mask=known)
+    return mean, tl.sum(count * (variances + distance * distance), 0) / total
 
 
 @triton.jit
@@ -250,19 +206,14 @@ def normalize(
     bias,
     out,
     table,
-    given,
     a_channels,
     b_channels,
     size,
     addend_sample_stride,
     addend_channel_stride,
     eps,
-    low,
-    high,
     splits,
     split_rows,
-    given_low,
-    given_high,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     PADDED_GROUPS: tl.constexpr,
@@ -273,7 +224,7 @@ def normalize(
     CHANNELS_LAST: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """Normalise STEPS * BLOCK_S positions of GROUPS groups of one sample by the statistics of one or two tables."""
+    """Normalise STEPS * BLOCK_S positions of GROUPS groups of one sample by the statistics in the table."""
     tile, part, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channels = a_channels + b_channels
     c = tile * (GROUPS * GROUP) + tl.arange(0, BLOCK_C)
@@ -281,9 +232,8 @@ def normalize(
     g = tile * GROUPS + tl.arange(0, PADDED_GROUPS)
     member = (c // GROUP)[:, None] == g[None, :]
     mean, variance = _merge(
-        table, low, high, splits, split_rows, given, given_low, given_high,
-        n, tl.num_programs(2), g, size, GROUP, PADDED_SPLITS,
-    )  # fmt: skip
+        table, n, tl.num_programs(2), splits, split_rows, g, channels // GROUP, size, GROUP, PADDED_SPLITS
+    )
     center = _to_channels(mean, member)
     scale = _to_channels(1.0 / tl.sqrt(variance + eps), member) * _per_channel(weight, c, present, 1.0)
     offset = _per_channel(bias, c, present, 0.0)

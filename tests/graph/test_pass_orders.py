@@ -15,7 +15,7 @@ from torch import fx
 
 import deepcache_fx
 from deepcache_fx.graph.capture import capture
-from deepcache_fx.graph.pass_order import DEFAULT_PASSES, default_names, last_passes
+from deepcache_fx.graph.pass_order import DEFAULT_PASSES, POST_SPLIT_PASSES, default_names
 from deepcache_fx.graph.signature import CallReader
 from passes import FuseGroupNorm, Pass, SplitOverCat, pass_name, run_passes
 from tests import models, small
@@ -24,7 +24,7 @@ from tests.families import examples
 from tests.graphs import check_metadata, error, unet_call
 from tests.oracles import REPEATING, CatOracle
 
-EXACT: tuple[Pass, ...] = (*DEFAULT_PASSES, *last_passes(), FuseGroupNorm(cat=False), SplitOverCat())
+EXACT: tuple[Pass, ...] = (*DEFAULT_PASSES, *POST_SPLIT_PASSES, FuseGroupNorm(cat=False), SplitOverCat())
 """All but `ChooseAttention` have something to do on a CPU."""
 
 PAIRS = list(itertools.combinations(EXACT, 2))

@@ -181,17 +181,6 @@ def test_keeps_a_cat_that_others_read() -> None:
     assert count(result, ours.group_norm.default) == 1
 
 
-@pytest.mark.parametrize(("slow", "tables"), [("x0", (True, False)), ("x1", (False, True))])
-def test_gives_the_statistics_of_a_slow_operand_a_node_of_their_own(slow: str, tables: tuple[bool, bool]) -> None:
-    item = FuseGroupNorm(slow=lambda node: node.name == slow)
-    result = check(item, graph_of(shortcut, X, Y), 0, X, Y)
-    [table] = result.graph.find_nodes(op="call_function", target=ours.group_statistics.default)
-    assert [node.name for node in table.all_input_nodes] == [slow]
-    [node] = result.graph.find_nodes(op="call_function", target=ours.cat_group_norm.default)
-    assert tuple(argument is table for argument in node.args[7:]) == tables
-    assert count(result, aten.cat.default) == 1
-
-
 def test_fuses_a_chain_of_norms() -> None:
     def build(g: fx.Graph, x: fx.Node, t: fx.Node) -> fx.Node:
         for _ in range(3):
@@ -244,7 +233,7 @@ def test_declines_on_cuda_where_the_layout_of_the_output_matters(reader: str) ->
 
     gm = graph_of(build, CHANNELS_LAST, device="cuda")
     nodes = list(gm.graph.nodes)
-    item = FuseGroupNorm(slow=lambda node: True)
+    item = FuseGroupNorm()
     assert not item(gm).modified
     assert list(gm.graph.nodes) == nodes
     [declined] = item.declined

@@ -7,7 +7,6 @@ test starts this file again in a process of its own, where the tests marked `int
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
 import re
 import subprocess
@@ -139,28 +138,10 @@ def check_cat_norm(case: Case, device: str = "cpu") -> None:
         return
     boundary = min(channels - 1, max(1, round(case.boundary * channels)))
     a, b = (case.in_layout(half) for half in torch.tensor_split(x, [boundary], dim=1))
-    tables = (ours.group_statistics(a, case.group), ours.group_statistics(b, case.group, boundary))
-    for half, table, start in zip((a, b), tables, (0, boundary), strict=True):
-        assert_statistics(table, half, case, start)
-    for use_a, use_b in itertools.product((False, True), repeat=2):
-        given_tables = (tables[0] if use_a else None, tables[1] if use_b else None)
-        got = ours.cat_group_norm(a, b, weight, bias, case.num_groups, 1e-5, case.silu, *given_tables)
-        assert_normalised(got, case, x, weight, bias, None, case.silu)
-        if not (a.is_contiguous() and b.is_contiguous() and case.channels_last):  # single channels lie either way
-            assert got.stride() == x.stride()
-
-
-def assert_statistics(table: torch.Tensor, half: torch.Tensor, case: Case, start: int) -> None:
-    numbers = (torch.arange(half.shape[1]) + start) // case.group
-    pieces = [half.double()[:, (numbers == g).nonzero()[:, 0].to(half.device)].flatten(1) for g in numbers.unique()]
-    mean = torch.stack([piece.mean(1) for piece in pieces], 1)
-    variance = torch.stack([piece.var(1, correction=0) for piece in pieces], 1)
-    assert table.is_contiguous()
-    assert table.dtype == torch.float32
-    eps = 32 * torch.finfo(torch.float32).eps
-    torch.testing.assert_close(table[0].double(), mean, rtol=eps, atol=eps)
-    distance = eps * float(mean.abs().max() + 1)
-    torch.testing.assert_close(table[1].double(), variance, rtol=2 * eps, atol=2 * distance**2 + distance * 2e-2 + eps)
+    got = ours.cat_group_norm(a, b, weight, bias, case.num_groups, 1e-5, case.silu)
+    assert_normalised(got, case, x, weight, bias, None, case.silu)
+    if not (a.is_contiguous() and b.is_contiguous() and case.channels_last):  # single channels lie either way
+        assert got.stride() == x.stride()
 
 
 @pytest.mark.hypothesis
@@ -175,14 +156,6 @@ def test_both_operators_in_pytorch_match_fp64() -> None:
     check_norm(SD)
 
 
-def test_statistics_given_are_used() -> None:
-    x, _, _ = SD.tensors("cpu")
-    a, b = x[:, :160].contiguous(), x[:, 160:].contiguous()
-    table = torch.stack([torch.full((2, 16), 7.0), torch.full((2, 16), 4.0)])
-    got = ours.cat_group_norm(a, b, None, None, 32, 0.0, False, table, None)
-    torch.testing.assert_close(got[:, :160].float(), (a.float() - 7) / 2, rtol=1e-2, atol=1e-2)
-
-
 def test_a_large_mean_leaves_the_variance_alone() -> None:
     x = (torch.randn(2, 32, 16, 16) + 1000).contiguous(memory_format=torch.channels_last)
     want = F.group_norm(x.double(), 8)
@@ -192,7 +165,6 @@ def test_a_large_mean_leaves_the_variance_alone() -> None:
 def test_fp64_inputs_are_normalised_in_fp64() -> None:
     x = torch.randn(2, 8, 3, dtype=torch.float64)
     torch.testing.assert_close(ours.group_norm(x, None, None, 4, 1e-5, False), F.group_norm(x, 4), rtol=0, atol=1e-13)
-    assert ours.group_statistics(x, 2).dtype == torch.float64
 
 
 X = torch.randn(2, 12, 4, 4)
@@ -207,10 +179,7 @@ LAST = X.contiguous(memory_format=torch.channels_last)
         (ours.group_norm, (LAST, torch.randn(12), torch.randn(12), 4, 1e-5, False, torch.randn(2, 12, 1, 1))),
         (ours.group_norm, (X.bfloat16()[..., ::2], torch.randn(12), None, 3, 1e-5, True, torch.randn(12)[None])),
         (ours.cat_group_norm, (*HALVES, torch.randn(12), None, 4, 1e-5, True)),
-        (ours.cat_group_norm, (*HALVES, None, None, 4, 1e-5, True, torch.rand(2, 2, 2))),
         (ours.cat_group_norm, (LAST, LAST, None, torch.randn(24), 4, 1e-5, False)),
-        (ours.group_statistics, (X, 4)),
-        (ours.group_statistics, (LAST, 5, 7)),
     ],
 )
 def test_operators_keep_the_rules_of_torch_library(operator: Any, args: tuple[Any, ...]) -> None:
@@ -219,7 +188,7 @@ def test_operators_keep_the_rules_of_torch_library(operator: Any, args: tuple[An
 
 class Norms(torch.nn.Module):
     def forward(self, a: torch.Tensor, b: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        y = passes.kernels.cat_group_norm(a, b, None, None, 4, 1e-5, True, passes.kernels.group_statistics(a, 3))
+        y = passes.kernels.cat_group_norm(a, b, None, None, 4, 1e-5, True)
         return ours.group_norm(y, None, None, 4, 1e-5, True, t)
 
 
@@ -237,7 +206,7 @@ def test_torch_export_keeps_the_operators(decomposed: bool) -> None:
     if decomposed:
         program = program.run_decompositions()
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert targets == [ours.group_statistics.default, ours.cat_group_norm.default, ours.group_norm.default]
+    assert targets == [ours.cat_group_norm.default, ours.group_norm.default]
     assert torch.equal(program.module()(*inputs), Norms()(*inputs))
 
 
@@ -265,9 +234,6 @@ def test_an_empty_batch_stays_empty() -> None:
         (lambda: ours.group_norm(X, None, None, 4, 1e-5, False, X), r"addend must be .*C = 12, got \(2, 12, 4, 4\)"),
         (lambda: ours.group_norm(X, None, None, 4, 1e-5, False, X[:, :3, 0, 0]), r"addend .*got \(2, 3\)"),
         (lambda: ours.cat_group_norm(X, X[:1], None, None, 4, 1e-5, False), "differ in channels only"),
-        (lambda: ours.cat_group_norm(X, X, None, None, 4, 1e-5, False, X), r"group_statistics\(x, 6, 0\) returns"),
-        (lambda: ours.group_statistics(X, 0), "group_channels must be positive"),
-        (lambda: ours.group_statistics(X[0, 0], 1), "group_statistics takes"),
     ],
 )
 def test_arguments_that_do_not_fit_together_are_named(make: Callable[[], object], message: str) -> None:
@@ -430,16 +396,15 @@ def test_kernels_compile_for_hopper_and_read_in_16_byte_vectors(
     kernels: ModuleType, channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ptx: dict[str, str] = {}
-    for name in ("whole_groups", "statistics", "normalize", "merge_table"):
+    for name in ("whole_groups", "statistics", "normalize"):
         monkeypatch.setattr(kernels.kernels, name, Compile(getattr(kernels.kernels, name), ptx))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     large, small = (
         torch.empty(2, 320, size, size, dtype=torch.bfloat16).contiguous(memory_format=layout) for size in (64, 4)
     )
     ours.group_norm(small, None, None, 32, 1e-5, True, torch.empty(2, 320, 1, 1))
-    table = ours.group_statistics(large, 20)
-    ours.cat_group_norm(large, large, torch.empty(640), torch.empty(640), 32, 1e-5, True, table)
-    assert set(ptx) == {"whole_groups", "statistics", "normalize", "merge_table"}
+    ours.cat_group_norm(large, large, torch.empty(640), torch.empty(640), 32, 1e-5, True)
+    assert set(ptx) == {"whole_groups", "statistics", "normalize"}
     for name in ("statistics", "normalize"):
         assert not re.search(r"ld\.global(\.v2)?\.b16", ptx[name]), name
         assert "ld.global.v4.b32" in ptx[name], name

@@ -20,7 +20,7 @@ from deepcache_fx.graph.capture import Captured
 from deepcache_fx.graph.macs import total_macs
 from deepcache_fx.graph.skips import find_skip_connections
 from deepcache_fx.graph.split import split
-from passes import FuseLinears, run_passes
+from passes import run_passes
 from passes.approximate import MergeTokens
 from tests import models
 from tests.families import examples
@@ -236,23 +236,6 @@ def test_a_result_that_is_parted_gets_a_token_for_every_pixel_before() -> None:
     gm = b.build(b.op(aten.mul.Tensor, out, b.op(aten.sigmoid.default, gate)))
     check(MergeTokens(), gm, b.inputs, ADDED, tolerance=ANY)
     assert tokens_attended(gm) == [32]
-
-
-def test_the_projections_of_merged_tokens_fuse() -> None:
-    b = GraphBuilder()
-    gm = b.build(block(b, pixels(b, 16, 16)))
-    _, records = run_passes(gm, [MergeTokens(), FuseLinears()])
-    assert [record.modified for record in records] == [True, True]
-    check_metadata(gm, b.inputs)
-
-
-def test_merges_where_the_projections_are_fused_already() -> None:
-    b = GraphBuilder()
-    gm = b.build(block(b, pixels(b, 16, 16)))
-    _, records = run_passes(gm, [FuseLinears(), MergeTokens()])
-    assert [record.modified for record in records] == [True, True]
-    check_metadata(gm, b.inputs)
-    assert tokens_attended(gm) == [128]
 
 
 # What it leaves alone.

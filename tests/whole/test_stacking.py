@@ -175,9 +175,10 @@ def test_a_lora_loaded_and_fused_and_unloaded_after_optimize() -> None:
         loaded = oracle(unet)
         assert difference(loaded, plain) > 1e-3
         check_cached(unet, loaded)
-        unet.fuse_lora()
-        check_cached(unet, loaded)
-        unet.unfuse_lora()
+        for safe in (False, True):
+            unet.fuse_lora(safe_fusing=safe)
+            check_cached(unet, loaded)
+            unet.unfuse_lora()
         unet.unload_lora()
         check_cached(unet, plain)
 
