@@ -31,7 +31,7 @@ from passes.runner import refresh_metadata
 from passes.shared.match import eliminate_dead_code, is_impure, is_op, is_view, tensor
 from passes.shared.minimum_cut import Network
 from passes.shared.operators import count, is_pointwise, is_random
-from passes.shared.rewrite import add_call, origin, views_of
+from passes.shared.rewrite import add_call, copied_graph, origin, views_of
 
 aten = torch.ops.aten
 
@@ -185,7 +185,7 @@ def extract(gm: fx.GraphModule, kept: Iterable[fx.Node], also: Iterable[fx.Node]
     The second graph returns the values in `also` too, as `also_return` does.
     """
     kept = tuple(node for node in kept if node.op != "placeholder")
-    first, nodes = _copy(gm.graph)
+    first, nodes = copied_graph(gm.graph)
     output = first.output_node()
     values = _held([nodes[node] for node in kept], output)
     output.args = (tuple(values),)
@@ -195,7 +195,7 @@ def extract(gm: fx.GraphModule, kept: Iterable[fx.Node], also: Iterable[fx.Node]
         if not placeholder.users:
             first.erase_node(placeholder)
 
-    second, nodes = _copy(gm.graph)
+    second, nodes = copied_graph(gm.graph)
     strides_changed = False
     placeholder = second.find_nodes(op="placeholder")[-1]
     for node, value in zip(kept, values, strict=True):
@@ -218,7 +218,7 @@ def also_return(gm: fx.GraphModule, kept: Iterable[fx.Node]) -> fx.GraphModule:
 
     The kept values come as from `extract`; they share no memory with the outputs.
     """
-    graph, nodes = _copy(gm.graph)
+    graph, nodes = copied_graph(gm.graph)
     _append_outputs(graph, [nodes[node] for node in kept if node.op != "placeholder"])
     eliminate_dead_code(graph)
     return fx.GraphModule(gm, graph)
@@ -251,12 +251,3 @@ def _part_outputs(graph: fx.Graph, kept: fx.Node) -> None:
         if leaf in shared
     }
     output.args = (fx.map_arg(leaves, lambda leaf: clone.get(leaf, leaf)),)
-
-
-def _copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    copy = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    results = copy.graph_copy(graph, nodes)
-    copy.output(results)
-    copy.output_node().meta = dict(graph.output_node().meta)
-    return copy, nodes

@@ -19,14 +19,14 @@ import torch
 from torch import fx
 
 from deepcache_fx.controlnet.conditioning import multiply_in_float32
-from deepcache_fx.execution.assemble import Compiled, prompt_stage, single_program, why_not_recorded
+from deepcache_fx.execution.assemble import Compiled, compiled_variants, prompt_stage, why_not_recorded
 from deepcache_fx.execution.cuda_graphs import Recorder
 from deepcache_fx.execution.programs import Programs, PromptStage, Values
 from deepcache_fx.graph.capture import CAPTURE_LOCK, Captured
 from deepcache_fx.graph.macs import total_macs
 from deepcache_fx.graph.pass_order import apply_passes, post_split_passes, run_on_step
 from deepcache_fx.graph.signature import Call
-from deepcache_fx.graph.split import Variant, in_stages, keep_outputs
+from deepcache_fx.graph.split import Variant, Variants, in_stages, keep_outputs
 from deepcache_fx.graph.weights import Binding, let_go_of_weights
 from deepcache_fx.options import Options
 from passes import PassRecord
@@ -125,8 +125,10 @@ class CompanionEntry:
         started = time.perf_counter()
         graph, records = run_on_step(name, keep_outputs(self.staged, outputs), post_split_passes(self.options))
         self.passes += records
-        compiled = single_program(graph, self.options, self.device, self.why_not_recorded, self.recorders)
-        step = Step(outputs, graph, compiled, compiled.record(compiled.called), total_macs(graph.graph.nodes).total)
+        macs = total_macs(graph.graph.nodes)
+        alone = Variants(Variant(graph, macs), (), len(outputs))
+        compiled = compiled_variants(alone, self.options, self.device, self.why_not_recorded, self.recorders)
+        step = Step(outputs, graph, compiled, compiled.record(compiled.called), macs.total)
         if self.binding is not None:
             self.binding.add(graph)
         let_go_of_weights(graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 
@@ -10,7 +11,7 @@ from torch import fx
 from deepcache_fx.drawing.anatomy import Anatomy, Cell, Level, RateMacs, Rung
 from deepcache_fx.graph.capture import Captured
 from deepcache_fx.graph.macs import node_macs
-from deepcache_fx.graph.module_path import first_part, module_path
+from deepcache_fx.graph.module_path import module_path, two_parts
 from deepcache_fx.graph.skips import SkipConnection
 from deepcache_fx.graph.split import Variants
 from passes.shared.match import ancestors, tensor
@@ -45,7 +46,7 @@ def dissect(captured: Captured, skips: Sequence[SkipConnection], variants: Varia
         middle=cells["middle"],
         middle_resolution=min(
             (_resolution(node) for node in members["middle"] if _is_feature_map(node)),
-            key=_area,
+            key=math.prod,
             default=levels[-1].resolution,
         ),
         shared=cells["shared"],
@@ -113,15 +114,9 @@ def _cell(nodes: Sequence[fx.Node], macs: RateMacs) -> Cell:
     named = [node for node in working if module_path(node)] or [
         node for node in nodes if node.op == "call_function" and module_path(node)
     ]
-    modules = dict.fromkeys(_two_parts(module_path(node)) for node in named)
+    modules = dict.fromkeys(two_parts(module_path(node)) for node in named)
     operators = [str(node.target).split(".")[1] for node in working if str(node.target).count(".")]
     return Cell(macs, tuple(modules), tuple(operators))
-
-
-def _two_parts(path: str) -> str:
-    first, rest = first_part(path)
-    second, _ = first_part(rest)
-    return f"{first}.{second}" if second else first
 
 
 def _set_aside(skip: SkipConnection) -> fx.Node:
@@ -151,10 +146,3 @@ def _resolution(node: fx.Node) -> tuple[int, ...]:
     value = tensor(node)
     assert value is not None
     return tuple(value.shape[2:])
-
-
-def _area(resolution: tuple[int, ...]) -> int:
-    product = 1
-    for size in resolution:
-        product *= size
-    return product

@@ -127,7 +127,8 @@ def assemble(
     chosen = list(dict.fromkeys(branches.values()))
     variants = split(captured, chosen, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.order)
     variants, more = finish(variants, options)
-    compiled = _compiled(variants, call, options, recorders)
+    why_not = why_not_recorded(options, call)
+    compiled = compiled_variants(variants, options, call.sample.device, why_not, recorders)
     programs = compiled.record(compiled.called)
     let_go_of_weights(captured.graph)
     return Entry(
@@ -169,76 +170,36 @@ def _prompt_stages(variants: Variants) -> dict[str, PromptStage]:
     return {name: stage for name, stage in stages.items() if stage is not None}
 
 
-def _compiled(
-    variants: Variants,
-    call: Call,
-    options: Options,
-    recorders: MutableMapping[torch.device, Recorder],
-) -> Compiled:
-    device = call.sample.device
-    why_not = why_not_recorded(options, call)
-    compile_all = partial(_compile, variants, options, device, why_not)
-    return Compiled(
-        compile_all(),
-        partial(_recorded, variants, device, why_not, recorders),
-        compile_all,
-        copies_weights(options, device),
-    )
-
-
-def _compile(
+def compiled_variants(
     variants: Variants,
     options: Options,
     device: torch.device,
     why_not: str | None,
-) -> Called:
+    recorders: MutableMapping[torch.device, Recorder],
+) -> Compiled:
+    """The steps of all variants, compiled and, unless there is a reason why not, to be recorded."""
     steps = {name: variant.step for name, variant in variants.named().items()}
-    full, *shallow = [compile_variant(step, options, device) for step in steps.values()]
-    return Called(
-        full_program=full,
-        cuts=tuple(
-            ShallowProgram(name, program, len(cut.cache), cut.refreshed)
-            for name, program, cut in zip(list(steps)[1:], shallow, variants.cuts, strict=True)
-        ),
-        num_outputs=variants.num_outputs,
-        order=options.order,
-        why_not_recorded=why_not or "off",
-    )
 
-
-def _recorded(
-    variants: Variants,
-    device: torch.device,
-    why_not: str | None,
-    recorders: MutableMapping[torch.device, Recorder],
-    called: Called,
-) -> Programs:
-    if why_not is not None:
-        return called
-    weights = {name: _weights(variant.step) for name, variant in variants.named().items()}
-    return Recorded(called, _recorder(device, recorders), weights, [cut.cache for cut in variants.cuts], device)
-
-
-def single_program(
-    step: fx.GraphModule,
-    options: Options,
-    device: torch.device,
-    why_not: str | None,
-    recorders: MutableMapping[torch.device, Recorder],
-) -> Compiled:
-    """A graph that caches nothing, compiled and recorded as `options` say. Only `full` of it is to be called."""
-    outputs = step.graph.output_node().args[0]
-
-    def compile_it() -> Called:
-        program = compile_variant(step, options, device)
-        return Called(program, (), len(outputs), why_not_recorded=why_not or "off")  # type: ignore[arg-type]
+    def compile_all() -> Called:
+        full, *shallow = [compile_variant(step, options, device) for step in steps.values()]
+        return Called(
+            full_program=full,
+            cuts=tuple(
+                ShallowProgram(name, program, len(cut.cache), cut.refreshed)
+                for name, program, cut in zip(list(steps)[1:], shallow, variants.cuts, strict=True)
+            ),
+            num_outputs=variants.num_outputs,
+            order=options.order if variants.cuts else 0,
+            why_not_recorded=why_not or "off",
+        )
 
     def record(called: Called) -> Programs:
         if why_not is not None:
             return called
-        return Recorded(called, _recorder(device, recorders), {"full": _weights(step)}, (), device)
+        weights = {name: _weights(step) for name, step in steps.items()}
+        return Recorded(called, _recorder(device, recorders), weights, [cut.cache for cut in variants.cuts], device)
 
-    return Compiled(compile_it(), record, compile_it, copies_weights(options, device))
+    return Compiled(compile_all(), record, compile_all, copies_weights(options, device))
 
 
 def _recorder(device: torch.device, recorders: MutableMapping[torch.device, Recorder]) -> Recorder:

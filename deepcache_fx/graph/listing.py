@@ -22,7 +22,7 @@ from torch import fx
 
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.graph.macs import node_macs
-from deepcache_fx.graph.module_path import first_part, module_path
+from deepcache_fx.graph.module_path import module_path, two_parts
 from deepcache_fx.graph.split import Variants
 
 _PLAIN_OVERLOADS = ("default", "Tensor", "Scalar")
@@ -92,18 +92,12 @@ def listing(module: fx.GraphModule, name: str = "forward") -> str:
     lines += [f"    # {node.name}: {_type(node)}" for node in inputs]
     heading = None
     for node in work:
-        place = _heading(module_path(node))
+        place = two_parts(module_path(node))
         if place != heading:
             lines += ["", f"    # {place or 'the model itself'}"]
             heading = place
         lines.append(f"    {node.name} = {_call(node)}  # {_type(node)}")
     return "\n".join([*lines, "", f"    return {_text(graph.output_node().args[0])}", ""])
-
-
-def _heading(path: str) -> str:
-    first, rest = first_part(path)
-    second, _ = first_part(rest)
-    return f"{first}.{second}" if second else first
 
 
 def _call(node: fx.Node) -> str:

@@ -31,3 +31,15 @@ def first_part(path: str) -> tuple[str, str]:
     if match is None:
         return "", ""
     return match.group(), path[match.end() + 1 :]
+
+
+def two_parts(path: str) -> str:
+    """A path's first two names with their numbers.
+
+    Example:
+        >>> two_parts("down_blocks.0.resnets.1.conv1")
+        'down_blocks.0.resnets.1'
+    """
+    first, rest = first_part(path)
+    second, _ = first_part(rest)
+    return f"{first}.{second}" if second else first

@@ -33,6 +33,7 @@ from deepcache_fx.graph.skips import SkipConnection
 from passes import SplitOverCat
 from passes.rates import also_return, extract, partition
 from passes.shared.match import ancestors, eliminate_dead_code
+from passes.shared.rewrite import copied_graph
 
 RATES = ("refresh_rate", "prompt_rate")
 """What can be separated beside the deep operand itself; `optimize(..., disable=)` takes these names, too."""
@@ -98,13 +99,15 @@ class Variants:
 
     full: Variant
     cuts: tuple[Cut, ...]
-    """From the shallowest; most schedules have one."""
+    """From the shallowest; most schedules have one. A program that caches nothing has none."""
     num_outputs: int
 
     def named(self) -> dict[str, Variant]:
         """All variants by name: "full", "shallow" for the shallowest cut, "shallow_3" for another, at branch 3."""
-        names = ["shallow", *(f"shallow_{cut.branch.index}" for cut in self.cuts[1:])]
-        return {"full": self.full, **{name: cut.shallow for name, cut in zip(names, self.cuts, strict=True)}}
+        named = {
+            f"shallow_{cut.branch.index}" if place else "shallow": cut.shallow for place, cut in enumerate(self.cuts)
+        }
+        return {"full": self.full, **named}
 
     def with_steps(self, steps: Mapping[str, fx.GraphModule]) -> Variants:
         """The same with other graphs for the steps of the `named` variants."""
@@ -237,8 +240,5 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _copy(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    graph = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(module.graph, nodes))
-    graph.output_node().meta = dict(module.graph.output_node().meta)
+    graph, nodes = copied_graph(module.graph)
     return fx.GraphModule(module, graph), nodes

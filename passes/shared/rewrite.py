@@ -58,6 +58,15 @@ def _layout(value: Any) -> list[tuple[int, ...]]:
     return [leaf.stride() for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+def copied_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a graph, and its nodes by those that they are copies of."""
+    copy = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, nodes))
+    copy.output_node().meta = dict(graph.output_node().meta)
+    return copy, nodes
+
+
 def origin(node: fx.Node) -> dict[str, Any]:
     """The metadata that says where in the model a node comes from, for another that takes its place in part."""
     return {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
