@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from deepcache_fx.controlnet.follow import PipelineWatch
+from deepcache_fx.controlnet.follow import PipelineFollower
 from deepcache_fx.errors import DeepCacheError, OptionError
 from deepcache_fx.graph.pass_order import check_disabled
 from deepcache_fx.graph.signature import ExampleInputs, UnsupportedInput
@@ -113,8 +113,8 @@ def optimize(
     before = runtime_of(module)
     unchanged = before if before is not None and before.options == wanted else None
     runtime = unchanged or _replace(module, before, wanted)
-    if pipeline is not None and not any(pipeline is watch.pipeline() for watch in runtime.watches()):
-        runtime.watch(PipelineWatch(pipeline, runtime))
+    if pipeline is not None and not any(pipeline is follower.pipeline() for follower in runtime.followers()):
+        runtime.follow(PipelineFollower(pipeline, runtime))
     if example_inputs is not None:
         try:
             runtime.prepare(module, runtime.reader.read_example(module, example_inputs))
@@ -131,15 +131,15 @@ def _replace(module: torch.nn.Module, before: Runtime | None, wanted: Options) -
     except UnsupportedInput as error:
         raise DeepCacheError(f"{type(module).__name__} cannot be optimised: {error}") from error
     runtime.on_first_failure = restore
-    watches = before.watches() if before is not None else []
+    followers = before.followers() if before is not None else []
     restore(module)
     adopts = before is not None and before.options.same_programs(wanted)
     if before is not None and adopts:
         runtime.adopt(before)
     attach(module, runtime)
-    for watch in watches:
-        known = watch if adopts and isinstance(watch, PipelineWatch) else None
-        runtime.watch(PipelineWatch(watch.pipeline(), runtime, known))
+    for follower in followers:
+        known = follower if adopts and isinstance(follower, PipelineFollower) else None
+        runtime.follow(PipelineFollower(follower.pipeline(), runtime, known))
     return runtime
 
 

@@ -33,7 +33,7 @@ SLOWEST_FIRST = (
     "test_stacking",
     "test_pipelines",
     "test_reliability",
-    "test_companion",
+    "test_controlnet_runtime",
     "test_speed",
     "test_calibrate",
     "test_lora",

@@ -7,45 +7,45 @@ from typing import Any
 
 import torch
 
-from deepcache_fx.controlnet.companion import Companion, Companions, why_not_accompanied
+from deepcache_fx.controlnet.controlnet_runtime import ControlNetRuntime, ControlNetRuntimes, why_controlnet_runs_alone
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.runtime.attach import attach, attached_to, check_attachable, detach, original_class
-from deepcache_fx.runtime.follow import SchedulerWatch
-from deepcache_fx.runtime.report import CompanionReport
+from deepcache_fx.runtime.follow import SchedulerFollower
+from deepcache_fx.runtime.report import ControlNetReport
 from deepcache_fx.runtime.runtime import Runtime
 
 
-class PipelineWatch:
+class PipelineFollower:
     """Keeps to a pipeline's scheduler and ControlNet, also after the user has replaced them by others.
 
     Args:
         pipeline: Held weakly.
         runtime: Of the pipeline's UNet; held weakly.
-        before: The watch that this one takes over from: a companion of the same ControlNet keeps its programs.
+        before: The follower that this one takes over from: the runtime of the same ControlNet keeps its programs.
     """
 
-    def __init__(self, pipeline: Any, runtime: Runtime, before: PipelineWatch | None = None) -> None:
+    def __init__(self, pipeline: Any, runtime: Runtime, before: PipelineFollower | None = None) -> None:
         self._pipeline = weakref.ref(pipeline)
         self._runtime = weakref.ref(runtime)
-        self._scheduler = SchedulerWatch(pipeline, runtime)
+        self._scheduler = SchedulerFollower(pipeline, runtime)
         self._controlnet: weakref.ref[torch.nn.Module] | None = None
-        self._companion: weakref.ref[Companion] | None = None
-        self._stopped: Companion | None = None
+        self._controlnet_runtime: weakref.ref[ControlNetRuntime] | None = None
+        self._stopped: ControlNetRuntime | None = None
         """Kept while no ControlNet holds it, in case it is to go on."""
-        self._refused: CompanionReport | None = None
+        self._refused: ControlNetReport | None = None
         self._before = before
 
     def pipeline(self) -> Any:
         """The pipeline, or None where it is gone."""
         return self._pipeline()
 
-    def report(self) -> CompanionReport | None:
+    def report(self) -> ControlNetReport | None:
         """Of the ControlNet; None where there is none."""
-        companion = self.companion()
-        return self._refused if companion is None else companion.report()
+        controlnet_runtime = self.controlnet_runtime()
+        return self._refused if controlnet_runtime is None else controlnet_runtime.report()
 
-    def companion(self) -> Companion | None:
-        return self._stopped or (self._companion() if self._companion is not None else None)
+    def controlnet_runtime(self) -> ControlNetRuntime | None:
+        return self._stopped or (self._controlnet_runtime() if self._controlnet_runtime is not None else None)
 
     def known(self) -> Any:
         """The ControlNet that was there at the last call."""
@@ -70,17 +70,17 @@ class PipelineWatch:
     def stop(self) -> None:
         """Until the next call."""
         self._scheduler.stop()
-        self._stopped = self.companion()
+        self._stopped = self.controlnet_runtime()
         self._let_go()
 
     def _answers(self, network: torch.nn.Module) -> bool:
         found = attached_to(network)
-        return isinstance(found, Companions) and self.companion() in found
+        return isinstance(found, ControlNetRuntimes) and self.controlnet_runtime() in found
 
     def _take(self, network: torch.nn.Module, runtime: Runtime) -> None:
         self._controlnet = weakref.ref(network)
         model_class = original_class(network)
-        reason = why_not_accompanied(model_class)
+        reason = why_controlnet_runs_alone(model_class)
         if reason is None and isinstance(attached_to(network), Runtime):
             reason = "optimize was called on it"
         try:
@@ -88,27 +88,27 @@ class PipelineWatch:
         except DeepCacheError as error:
             reason = reason or str(error)
         if reason is not None:
-            self._refused = CompanionReport(model=model_class.__name__, refused=reason)
+            self._refused = ControlNetReport(model=model_class.__name__, refused=reason)
             return
-        companion = self._stopped or Companion(model_class, runtime)
+        controlnet_runtime = self._stopped or ControlNetRuntime(model_class, runtime)
         if self._before is not None and self._before.known() is network:
-            former = self._before.companion()
+            former = self._before.controlnet_runtime()
             if former is not None:
-                companion.adopt(former)
-        companions = attached_to(network)
-        if not isinstance(companions, Companions):
-            companions = Companions(model_class)
-            attach(network, companions)
-        companions.add(companion)
-        self._companion, self._stopped = weakref.ref(companion), None
+                controlnet_runtime.adopt(former)
+        runtimes = attached_to(network)
+        if not isinstance(runtimes, ControlNetRuntimes):
+            runtimes = ControlNetRuntimes(model_class)
+            attach(network, runtimes)
+        runtimes.add(controlnet_runtime)
+        self._controlnet_runtime, self._stopped = weakref.ref(controlnet_runtime), None
 
     def _let_go(self) -> None:
         """Give the ControlNet its forward back, unless it answers another UNet too."""
-        network, companion = self.known(), self.companion()
-        companions = attached_to(network) if network is not None else None
-        if companion is None or not isinstance(companions, Companions):
+        network, controlnet_runtime = self.known(), self.controlnet_runtime()
+        runtimes = attached_to(network) if network is not None else None
+        if controlnet_runtime is None or not isinstance(runtimes, ControlNetRuntimes):
             return
-        companions.remove(companion)
-        if not companions:
+        runtimes.remove(controlnet_runtime)
+        if not runtimes:
             detach(network)
-        companion.model_state.restore()
+        controlnet_runtime.model_state.restore()

@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from deepcache_fx.execution.compile import compile_variant, copies_weights, pick_backend
+from deepcache_fx.execution.cuda_graph_programs import CudaGraphPrograms
 from deepcache_fx.execution.cuda_graphs import RECORDERS, Recorder
-from deepcache_fx.execution.programs import Called, Programs, PromptStage, ShallowProgram
-from deepcache_fx.execution.recorded import Recorded
+from deepcache_fx.execution.programs import DirectPrograms, Programs, PromptStage, ShallowProgram
 from deepcache_fx.graph.capture import Captured
 from deepcache_fx.graph.only import Only
 from deepcache_fx.graph.pass_order import apply_passes, finish
@@ -30,10 +30,10 @@ from passes import Pass, PassRecord
 class Compiled:
     """The steps of one signature as programs, to be called or recorded."""
 
-    called: Called
-    record: Callable[[Called], Programs]
+    called: DirectPrograms
+    record: Callable[[DirectPrograms], Programs]
     """Around what is to be called; the weights are those that the graphs hold at that moment."""
-    compile: Callable[[], Called]
+    compile: Callable[[], DirectPrograms]
     """Makes them again."""
     copies_weights: bool
     """False where they read the graphs' weights at every call."""
@@ -180,9 +180,9 @@ def compiled_variants(
     """The steps of all variants, compiled and, unless there is a reason why not, to be recorded."""
     steps = {name: variant.step for name, variant in variants.named().items()}
 
-    def compile_all() -> Called:
+    def compile_all() -> DirectPrograms:
         full, *shallow = [compile_variant(step, options, device) for step in steps.values()]
-        return Called(
+        return DirectPrograms(
             full_program=full,
             cuts=tuple(
                 ShallowProgram(name, program, len(cut.cache), cut.refreshed)
@@ -193,11 +193,13 @@ def compiled_variants(
             why_not_recorded=why_not or "off",
         )
 
-    def record(called: Called) -> Programs:
+    def record(called: DirectPrograms) -> Programs:
         if why_not is not None:
             return called
         weights = {name: _weights(step) for name, step in steps.items()}
-        return Recorded(called, _recorder(device, recorders), weights, [cut.cache for cut in variants.cuts], device)
+        return CudaGraphPrograms(
+            called, _recorder(device, recorders), weights, [cut.cache for cut in variants.cuts], device
+        )
 
     return Compiled(compile_all(), record, compile_all, copies_weights(options, device))
 

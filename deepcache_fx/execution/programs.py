@@ -21,12 +21,12 @@ History = tuple[Values, ...]
 """The cached values of one cut at its last refreshes, newest first: as many as its shallow step reads."""
 
 
-class DeepFeature:
+class FeatureCache:
     """What is cached of one UNet call, for every cut.
 
     `steps` are those of the refreshes of each cut, newest first. `values` are as many histories, the oldest values
     repeated where there have been too few refreshes; None while they live in static buffers that several calls share
-    (see `recorded.Recorded`).
+    (see `recorded.CudaGraphPrograms`).
     """
 
     __slots__ = ("__weakref__", "degree", "steps", "values")
@@ -94,15 +94,15 @@ class Programs(Protocol):
         """Per variant, the duration of its first call: compilation, recording and one step."""
 
     def full(
-        self, step: int, tensors: Sequence[torch.Tensor], prompt: Values = (), before: DeepFeature | None = None
-    ) -> tuple[Sequence[Any], DeepFeature]:
+        self, step: int, tensors: Sequence[torch.Tensor], prompt: Values = (), before: FeatureCache | None = None
+    ) -> tuple[Sequence[Any], FeatureCache]:
         """A full step: the outputs, and the deep feature for the shallow steps to come.
 
         `before` is this call's deep feature so far, for a forecast; it must not be used again.
         """
 
     def shallow(
-        self, step: int, tensors: Sequence[torch.Tensor], feature: DeepFeature, prompt: Values = (), cut: int = 0
+        self, step: int, tensors: Sequence[torch.Tensor], feature: FeatureCache, prompt: Values = (), cut: int = 0
     ) -> Sequence[Any]:
         """A shallow step upon a deep feature of an earlier full step of these same programs.
 
@@ -129,7 +129,7 @@ class ShallowProgram:
 
 
 @dataclass(frozen=True)
-class Called:
+class DirectPrograms:
     """Programs that are called as they are."""
 
     full_program: Program
@@ -141,19 +141,19 @@ class Called:
     first_call_seconds: dict[str, float] = field(default_factory=dict)
 
     def full(
-        self, step: int, tensors: Sequence[torch.Tensor], prompt: Values = (), before: DeepFeature | None = None
-    ) -> tuple[Sequence[Any], DeepFeature]:
+        self, step: int, tensors: Sequence[torch.Tensor], prompt: Values = (), before: FeatureCache | None = None
+    ) -> tuple[Sequence[Any], FeatureCache]:
         leaves = self._call("full", self.full_program, (*tensors, *prompt))
         outputs, count = leaves[: self.num_outputs], len(self.cuts)
         if before is None or not self.order:
             histories = tuple(((values,) * (self.order + 1)) for values in self.parts(leaves, count))
-            return outputs, DeepFeature(self.first_refresh(step), histories)
+            return outputs, FeatureCache(self.first_refresh(step), histories)
         self.note_refreshes(before, step, count)
         self._push(before, leaves, count)
         return outputs, before
 
     def shallow(
-        self, step: int, tensors: Sequence[torch.Tensor], feature: DeepFeature, prompt: Values = (), cut: int = 0
+        self, step: int, tensors: Sequence[torch.Tensor], feature: FeatureCache, prompt: Values = (), cut: int = 0
     ) -> Sequence[Any]:
         assert feature.values is not None, "this deep feature lives in other programs' buffers"
         shallow = self.cuts[cut]
@@ -173,7 +173,7 @@ class Called:
         """The refreshes of all cuts where there has been no full step before this one."""
         return ((step,),) * len(self.cuts)
 
-    def note_refreshes(self, feature: DeepFeature, step: int, count: int) -> None:
+    def note_refreshes(self, feature: FeatureCache, step: int, count: int) -> None:
         """The first `count` cuts are refreshed at this step."""
         known = feature.steps
         feature.steps = (*[(step, *steps)[: self.order + 1] for steps in known[:count]], *known[count:])
@@ -183,7 +183,7 @@ class Called:
         rest = iter(leaves[self.num_outputs :])
         return [tuple(islice(rest, shallow.size)) for shallow in self.cuts[:count]]
 
-    def _push(self, feature: DeepFeature, leaves: Sequence[Any], count: int) -> None:
+    def _push(self, feature: FeatureCache, leaves: Sequence[Any], count: int) -> None:
         known = feature.values
         assert known is not None, "this deep feature lives in other programs' buffers"
         new = zip(self.parts(leaves, count), known, strict=False)

@@ -16,7 +16,7 @@ import torch
 from deepcache_fx.graph.identity import Same as Same
 from deepcache_fx.graph.weights import inner_names
 from deepcache_fx.guards.reached_code import is_library
-from deepcache_fx.guards.unchanged import Reading
+from deepcache_fx.guards.unchanged import IdentitySnapshot
 
 NOT_STATE = frozenset(
     {
@@ -109,15 +109,15 @@ class Fingerprint:
     def __init__(self) -> None:
         self.last: Known | None = None
 
-    def known(self, module: torch.nn.Module, *, thorough: bool) -> Settings | None:
+    def known(self, module: torch.nn.Module, *, at_run_start: bool) -> Settings | None:
         """The settings, where nothing has changed; None where something has.
 
-        Without `thorough` settings alone are compared: not structure, weights, hooks and PyTorch's own layers.
+        Without `at_run_start` settings alone are compared: not structure, weights, hooks and PyTorch's own layers.
         """
         known = self.last
         if known is None or known.module is not module:
             return None
-        if thorough:
+        if at_run_start:
             unchanged = known.settings_read.holds() and known.layers_read.holds()
         else:
             unchanged = known.settings_read.holds_settings()
@@ -162,13 +162,13 @@ class Known:
     module: torch.nn.Module | None
     """None: to be read again."""
     settings: Settings
-    settings_read: Reading
-    layers_read: Reading
+    settings_read: IdentitySnapshot
+    layers_read: IdentitySnapshot
     weights: tuple[torch.Tensor, ...]
 
 
 def _read(module: torch.nn.Module) -> Known:
-    settings, layers = Reading(), Reading()
+    settings, layers = IdentitySnapshot(), IdentitySnapshot()
     frozen: list[object] = []
     weights: list[torch.Tensor] = []
     places: dict[int, int] = {}
@@ -196,7 +196,7 @@ def _read(module: torch.nn.Module) -> Known:
 
 
 def _read_weight(
-    tensor: torch.Tensor, read: Reading, weights: list[torch.Tensor], places: dict[int, int]
+    tensor: torch.Tensor, read: IdentitySnapshot, weights: list[torch.Tensor], places: dict[int, int]
 ) -> tuple[object, ...]:
     """What a graph bakes in of a weight: its place among the `weights`, and its kind where it has none there yet."""
     place = places.setdefault(id(tensor), len(weights))
@@ -208,11 +208,11 @@ def _read_weight(
     if not names:
         return kind
     inner = [read.inner(tensor, name) for name in names]
-    about = _freeze(tensor.__tensor_flatten__()[1], _DEPTH, Reading())  # type: ignore[attr-defined]
+    about = _freeze(tensor.__tensor_flatten__()[1], _DEPTH, IdentitySnapshot())  # type: ignore[attr-defined]
     return (*kind, *names, about, *(_read_weight(item, read, weights, places) for item in inner))
 
 
-def _freeze_class(cls: type, read: Reading) -> object:
+def _freeze_class(cls: type, read: IdentitySnapshot) -> object:
     """The class attributes, and what its functions hold."""
     return tuple((name, _held(value, 2, read)) for name, value in read.dictionary(vars(cls)) if _is_own(name, value))
 
@@ -226,14 +226,14 @@ def _is_attached(cls: type) -> bool:
     return _MARK in vars(cls)
 
 
-def _held(value: Any, depth: int, read: Reading) -> object:
+def _held(value: Any, depth: int, read: IdentitySnapshot) -> object:
     """What code holds: of a library's object no more than which one it is, for a scheduler counts its steps."""
     if isinstance(value, _READ) or not is_library(type(value).__module__):
         return _freeze(value, depth, read)
     return Same(value)
 
 
-def _freeze(value: Any, depth: int, read: Reading) -> object:
+def _freeze(value: Any, depth: int, read: IdentitySnapshot) -> object:
     if isinstance(value, _PLAIN):
         return (type(value), value)
     if isinstance(value, torch.Tensor):

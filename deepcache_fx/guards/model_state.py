@@ -27,27 +27,27 @@ class ModelState:
         self._copied = self._frozen = False
         self._values: list[tuple[int, int]] = []
 
-    def settings(self, module: torch.nn.Module, device: torch.device, *, thorough: bool) -> Settings:
+    def settings(self, module: torch.nn.Module, device: torch.device, *, at_run_start: bool) -> Settings:
         """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first.
 
-        `thorough` at the start of a run; within one settings alone are looked at, not PyTorch's own layers and weights.
+        Within a run settings alone are looked at, not PyTorch's own layers and weights.
         """
         last = self._fingerprint.last
-        if not thorough and last is not None and last.module is module and last.settings_read.holds_settings():
+        if not at_run_start and last is not None and last.module is module and last.settings_read.holds_settings():
             settings = last.settings  # as at most calls
         else:
-            settings = self._settings(module, device, thorough)
+            settings = self._settings(module, device, at_run_start)
         doubts = self._effects.doubts
         return settings if not doubts else Settings((settings.structure, doubts), settings.weights)
 
-    def _settings(self, module: torch.nn.Module, device: torch.device, thorough: bool) -> Settings:
-        if thorough:
+    def _settings(self, module: torch.nn.Module, device: torch.device, at_run_start: bool) -> Settings:
+        if at_run_start:
             self._look_at_values(device)
-        known = self._fingerprint.known(module, thorough=thorough)
+        known = self._fingerprint.known(module, at_run_start=at_run_start)
         if known is not None:
             return known
         with CAPTURE_LOCK:  # while another thread captures the module it holds stand-ins of its weights
-            known = self._fingerprint.known(module, thorough=thorough)
+            known = self._fingerprint.known(module, at_run_start=at_run_start)
             if known is not None:
                 return known
             if self.are_moved(device):

@@ -32,7 +32,7 @@ def _contents(cell: types.CellType) -> object:
         return _EMPTY  # empty
 
 
-class Reading:
+class IdentitySnapshot:
     """What was found where, in flat lists.
 
     A model has some ten thousand attributes: they are compared by identity, in loops that the interpreter runs in C.

@@ -85,7 +85,7 @@ class Captures(OrderedDict[Hashable, E]):
             dropped: list[E] = []
             try:
                 with CAPTURE_LOCK, sources_forgotten():
-                    settings = model_state.settings(module, call.sample.device, thorough=True)
+                    settings = model_state.settings(module, call.sample.device, at_run_start=True)
                     self.rebound += _bind_all(self, settings, model_state, module, dropped)
                     key = (settings.structure, call.key)
                     entry = self.get(key)  # another thread may have been first

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deepcache_fx.runtime.attach import MARK, give_subclass, original_class
-from deepcache_fx.runtime.forecast_order import NoiseWatch, has_uneven_steps
+from deepcache_fx.runtime.forecast_order import NoiseDetector, has_uneven_steps
 from deepcache_fx.runtime.runtime import Runtime
 
 
@@ -27,7 +27,7 @@ class Listeners:
         runtimes = tuple(self.runtimes)
         curious = [runtime for runtime in runtimes if runtime.wants_to_hear_of_noise()]
         if curious and not has_noise:
-            with NoiseWatch() as noise:
+            with NoiseDetector() as noise:
                 result = run()
             has_noise = noise.seen
         else:
@@ -61,7 +61,7 @@ def listen(scheduler: Any, runtime: Runtime) -> None:
 
 
 def _hears(runtime: Runtime, scheduler: Any) -> bool:
-    """False where another pipeline's watch has stopped listening to this scheduler for the same runtime."""
+    """False where another pipeline's follower has stopped listening to this scheduler for the same runtime."""
     listeners = type(scheduler).__dict__.get(MARK)
     return listeners is not None and runtime in listeners.runtimes
 
@@ -95,7 +95,7 @@ def _stepping(function: Any, listeners: Listeners) -> Any:
     return step
 
 
-class SchedulerWatch:
+class SchedulerFollower:
     """Keeps listening to a pipeline's scheduler, also after the user has replaced it by another."""
 
     def __init__(self, pipeline: Any, runtime: Runtime) -> None:

@@ -71,7 +71,7 @@ def has_uneven_steps(scheduler: Any) -> bool:
     return len(moves) > 1 and max(moves) > _UNEVEN * min(moves)
 
 
-class NoiseWatch(TorchDispatchMode):
+class NoiseDetector(TorchDispatchMode):
     """Sees whether random numbers are drawn in a block, from any generator: all such operators carry a tag."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What passes between the runtime and a companion: a network that runs before the UNet and computes inputs of it."""
+"""What passes between the runtime and a ControlNet: a network that runs before the UNet and computes inputs of it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from deepcache_fx.graph.lazy import LazyTensor
 
 
 @dataclass(frozen=True)
-class Handed:
-    """What one call of a companion returned, and the programs that it came from."""
+class PrecomputedInputs:
+    """What one call of a ControlNet returned, and the programs that it came from."""
 
     source: object
     outputs: tuple[Any, ...]
@@ -21,7 +21,7 @@ class Handed:
 
 @dataclass(frozen=True)
 class Pairing:
-    """Which outputs of a companion the UNet's shallow step reads, as a full step showed it."""
+    """Which outputs of a ControlNet the UNet's shallow step reads, as a full step showed it."""
 
     source: object
     read: frozenset[int]
@@ -40,8 +40,8 @@ class Pairing:
 
 
 @dataclass(frozen=True)
-class Coming:
-    """What is known of the UNet call that a companion's call comes before."""
+class UpcomingCall:
+    """What is known of the UNet call that a ControlNet's call comes before."""
 
     run: int
     """Another number is another run."""
@@ -56,16 +56,16 @@ class Coming:
 
 @dataclass
 class Expectation:
-    """Counts a companion's calls in one thread's step, and keeps what they returned until the UNet takes it."""
+    """Counts a ControlNet's calls in one thread's step, and keeps what they returned until the UNet takes it."""
 
     runs: int = 0
     """Of the UNet, forgotten and announced ones included."""
     step: tuple[int, int] | None = None
     calls: int = 0
-    handed: dict[int, Handed] = field(default_factory=dict)
+    precomputed: dict[int, PrecomputedInputs] = field(default_factory=dict)
 
     def next_call(self, run: int, step: int) -> int:
-        """The number of a companion's call in its step."""
+        """The number of a ControlNet's call in its step."""
         if (run, step) != self.step:
             self.step, self.calls = (run, step), 0
         self.calls += 1
@@ -74,26 +74,29 @@ class Expectation:
     def begin(self) -> None:
         """Another run is to begin."""
         self.runs += 1
-        self.handed.clear()
+        self.precomputed.clear()
 
 
 def pair(
-    handed: Handed | None, received: Sequence[torch.Tensor], values: Sequence[torch.Tensor], reads: Collection[int]
+    precomputed: PrecomputedInputs | None,
+    received: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    reads: Collection[int],
 ) -> Pairing | None:
-    """How a companion's outputs reach the UNet; None where one of them does not reach it as it is.
+    """How a ControlNet's outputs reach the UNet; None where one of them does not reach it as it is.
 
     Args:
-        handed: What the companion returned.
+        precomputed: What the ControlNet returned.
         received: The UNet's inputs as they came.
         values: The same, computed where they had been deferred.
         reads: Which inputs, by number, the shallow step reads.
     """
-    if handed is None:
+    if precomputed is None:
         return None
-    numbers = {id(output): number for number, output in enumerate(handed.outputs)}
+    numbers = {id(output): number for number, output in enumerate(precomputed.outputs)}
     places = {i: numbers[id(tensor)] for i, tensor in enumerate(received) if id(tensor) in numbers}
-    if len(set(places.values())) < len(handed.outputs):
+    if len(set(places.values())) < len(precomputed.outputs):
         return None
     read = frozenset(number for i, number in places.items() if i in reads)
     unread = {i: number for i, number in places.items() if number not in read}
-    return Pairing(handed.source, read, {number: values[i] for i, number in unread.items()}, unread)
+    return Pairing(precomputed.source, read, {number: values[i] for i, number in unread.items()}, unread)

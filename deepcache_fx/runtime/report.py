@@ -84,7 +84,7 @@ class CaptureReport:
 
 
 @dataclass(frozen=True)
-class CompanionCapture:
+class ControlNetCapture:
     """One captured signature of a ControlNet."""
 
     inputs: str
@@ -102,7 +102,7 @@ class CompanionCapture:
 
 
 @dataclass(frozen=True)
-class CompanionReport:
+class ControlNetReport:
     """A pipeline's ControlNet, which runs with the UNet's schedule."""
 
     model: str
@@ -123,7 +123,7 @@ class CompanionReport:
     last_run_macs: int = 0
     last_run_macs_saved: int = 0
     """What it would have computed else, less what it did."""
-    signatures: tuple[CompanionCapture, ...] = ()
+    signatures: tuple[ControlNetCapture, ...] = ()
     refused: str | None = None
     """Why it was left alone."""
 
@@ -186,7 +186,7 @@ class Report:
     calls_by_branch: dict[int, int] = field(default_factory=dict)
     """Of the shallow calls."""
     signatures: tuple[CaptureReport, ...] = ()
-    companions: tuple[CompanionReport, ...] = ()
+    companions: tuple[ControlNetReport, ...] = ()
     """The ControlNets of the pipelines that were optimised."""
     rebound: int = 0
     """How often what was captured went on with other weights, without a capture."""
@@ -253,8 +253,8 @@ class Report:
             for name, seconds in item.first_call_seconds.items():
                 lines.append(f"    first {name} call: {seconds:.2f} s")
             lines.append(f"    CUDA graphs: {item.cuda_graphs}")
-        for companion in self.companions:
-            lines += companion.lines()
+        for controlnet in self.companions:
+            lines += controlnet.lines()
         return "\n".join(lines)
 
 

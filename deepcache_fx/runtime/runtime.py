@@ -27,16 +27,16 @@ from deepcache_fx.options import Options
 from deepcache_fx.runtime.captures import Captures
 from deepcache_fx.runtime.decision import StepDecision, decide
 from deepcache_fx.runtime.forecast_order import LISTENING_STEPS, ForecastOrder, order_of, order_with_noise
-from deepcache_fx.runtime.pairing import Coming, Expectation, Handed, pair
-from deepcache_fx.runtime.report import CaptureReport, CompanionReport, Counts, CutReport, Report
+from deepcache_fx.runtime.pairing import Expectation, PrecomputedInputs, UpcomingCall, pair
+from deepcache_fx.runtime.report import CaptureReport, ControlNetReport, Counts, CutReport, Report
 from deepcache_fx.runtime.slots import NO_FEATURE, Slot, Slots
-from deepcache_fx.runtime.steps import StepTracker, Tick, position_of, value_position
+from deepcache_fx.runtime.steps import StepInfo, StepTracker, position_of, value_position
 from deepcache_fx.schedules.branch import Branch
 from deepcache_fx.schedules.schedule import Schedule
 
 
-class Watch(Protocol):
-    """Something that follows a pipeline for a runtime (see `follow.PipelineWatch`)."""
+class Follower(Protocol):
+    """Something that follows a pipeline for a runtime (see `follow.PipelineFollower`)."""
 
     def __call__(self) -> None: ...
 
@@ -44,7 +44,7 @@ class Watch(Protocol):
 
     def stop(self) -> None: ...
 
-    def report(self) -> CompanionReport | None: ...
+    def report(self) -> ControlNetReport | None: ...
 
 
 SHALLOW_LETTERS = "stuvwxyz"
@@ -58,7 +58,7 @@ _clock = itertools.count(1)
 class Observation(NamedTuple):
     """What is known of a UNet call before anything runs."""
 
-    tick: Tick
+    info: StepInfo
     is_scheduled: bool
     """Whether the schedule makes the step full."""
     branch: Branch | None
@@ -125,7 +125,7 @@ class Runtime:
         self.counts = Counts()
         self.device: torch.device | None = None
         self.on_first_failure: Callable[[torch.nn.Module], object] = lambda module: None
-        self._watches: list[Watch] = []
+        self._followers: list[Follower] = []
         self.model_state = ModelState(options)
         self._entries: Captures[Entry] = Captures(options.max_captures)
         self._failures: dict[Hashable, str] = {}
@@ -140,26 +140,26 @@ class Runtime:
 
     # What schedulers announce.
 
-    def watch(self, watch: Watch) -> None:
-        """Follow a pipeline: `watch` is called before every UNet call."""
-        for known in self._watches:
+    def follow(self, follower: Follower) -> None:
+        """Follow a pipeline: `follower` is called before every UNet call."""
+        for known in self._followers:
             if known.pipeline() is None:
                 known.stop()
-        self._watches = [*self.watches(), watch]
-        watch()
+        self._followers = [*self.followers(), follower]
+        follower()
 
-    def watches(self) -> list[Watch]:
+    def followers(self) -> list[Follower]:
         """Those of the living pipelines that are followed."""
-        return [watch for watch in self._watches if watch.pipeline() is not None]
+        return [follower for follower in self._followers if follower.pipeline() is not None]
 
     def go_on_watching(self) -> None:
-        for watch in self._watches:
-            watch()
+        for follower in self._followers:
+            follower()
 
     def stop_watching(self) -> None:
         """Until the next call."""
-        for watch in self._watches:
-            watch.stop()
+        for follower in self._followers:
+            follower.stop()
 
     def run_announced(self, num_steps: int | None, *, by_caller: bool = False, are_uneven: bool = False) -> None:
         """A scheduler, or the caller, begins a run. `are_uneven`: its steps are of very different lengths."""
@@ -183,28 +183,28 @@ class Runtime:
         self._state.tracker.step_ended()
         self._state.last_heard = next(_clock)
 
-    # What a companion asks and tells.
+    # What a ControlNet asks and tells.
 
-    def coming(self, call: Call) -> Coming:
-        """What is known of this thread's next UNet call. To be asked once for every call of a companion, given here."""
+    def upcoming_call(self, call: Call) -> UpcomingCall:
+        """What is known of this thread's next UNet call. To be asked once for every call of a ControlNet."""
         self.go_on_watching()
         state = self._state
-        tick, is_told = state.tracker.peek(position_of(call.timestep), call.sample)
-        run = state.expected.runs + tick.new_run
-        number = state.expected.next_call(run, tick.step)
-        coming = Coming(run, tick.new_run, number, is_told)
-        slot = None if tick.new_run or not is_told else state.slots.usual(tick.step, number)
+        info, is_told = state.tracker.peek(position_of(call.timestep), call.sample)
+        run = state.expected.runs + info.new_run
+        number = state.expected.next_call(run, info.step)
+        upcoming = UpcomingCall(run, info.new_run, number, is_told)
+        slot = None if info.new_run or not is_told else state.slots.usual(info.step, number)
         if slot is None or slot.refresh != state.slots.refresh:
-            return coming
-        is_full, branch = self._scheduled(state, tick)
+            return upcoming
+        is_full, branch = self._scheduled(state, info)
         if is_full:
-            return coming
+            return upcoming
         pairing = slot.pairings[slot.entry.cuts[branch]] if slot.pairings else None
-        return replace(coming, is_shallow=True, pairing=pairing)
+        return replace(upcoming, is_shallow=True, pairing=pairing)
 
-    def hand(self, call: int, handed: Handed) -> None:
-        """What a companion's call returned; `call` is what `coming` said."""
-        self._state.expected.handed[call] = handed
+    def expect_inputs(self, call: int, precomputed: PrecomputedInputs) -> None:
+        """What a ControlNet's call returned; `call` is what `upcoming_call` said."""
+        self._state.expected.precomputed[call] = precomputed
 
     def last_heard(self) -> int:
         """Grows: when this thread last heard of a scheduler."""
@@ -244,7 +244,7 @@ class Runtime:
 
     def _step(self, state: ThreadState, module: torch.nn.Module, call: Call) -> Any:
         seen = self._observe(state, module, call)
-        decision = decide(seen.is_scheduled, seen.branch, seen.tick.doubt, seen.missing)
+        decision = decide(seen.is_scheduled, seen.branch, seen.info.doubt, seen.missing)
         if decision.is_full:
             leaves = self._full(state, seen, call)
         else:
@@ -254,45 +254,47 @@ class Runtime:
 
     def _observe(self, state: ThreadState, module: torch.nn.Module, call: Call) -> Observation:
         """Which step and call it is, which programs serve it now, and which cached feature is its own."""
-        if self._watches:
+        if self._followers:
             self.go_on_watching()
         position = position_of(call.timestep)
         if position is None and call.timestep is not None and state.tracker.needs_value(position, call.timestep):
             self.counts.syncs += 1
             position = value_position(call.timestep)
         condition, state.condition = state.condition, None
-        tick = state.tracker.observe(position, call.timestep, call.sample)
-        if tick.new_run:
+        info = state.tracker.observe(position, call.timestep, call.sample)
+        if info.new_run:
             state.clear()
             state.trace = []
             state.order = (state.tracker.is_hooked and state.announced_order) or order_of(self.options, None, False)
             state.expected.runs += 1
-            self._check_num_steps(module, tick)
-        is_scheduled, branch = self._scheduled(state, tick)
-        entry = self._entry(state, module, call, begins_run=tick.new_run)
+            self._check_num_steps(module, info)
+        is_scheduled, branch = self._scheduled(state, info)
+        entry = self._entry(state, module, call, begins_run=info.new_run)
         slots = state.slots
-        if is_scheduled and tick.call == 0:
-            slots.begin_refresh(tick.step)
-        slot = slots.find(entry, call, tick.step, tick.call, condition)
+        if is_scheduled and info.call == 0:
+            slots.begin_refresh(info.step)
+        slot = slots.find(entry, call, info.step, info.call, condition)
         missing = None
         if slot is None:
-            missing = slots.why_none(entry, tick.step, tick.call)
+            missing = slots.why_none(entry, info.step, info.call)
             slot = slots.add(entry, call, condition)
         elif slot.refresh != slots.refresh:
             missing = NO_FEATURE
-        return _observation((tick, is_scheduled, branch, entry, slot, missing))
+        return _observation((info, is_scheduled, branch, entry, slot, missing))
 
     def _full(self, state: ThreadState, seen: Observation, call: Call) -> Sequence[Any]:
         """The outputs of a full step, which leaves its deep feature in the slot."""
-        entry, slot, tick = seen.entry, seen.slot, seen.tick
+        entry, slot, info = seen.entry, seen.slot, seen.info
         tensors = call.tensors if call.is_plain else computed(call.tensors)
         before, slot.feature = slot.feature if self.options.order else None, None  # let go of, unless it is read
         prompt = slot.prompt(entry.prompts.get("full"), "full", tensors)
-        leaves, slot.feature = entry.programs.full(tick.step, tensors, prompt, before)
+        leaves, slot.feature = entry.programs.full(info.step, tensors, prompt, before)
         slot.renew(call)
         slot.refresh = state.slots.refresh
-        handed = state.expected.handed.get(tick.call)
-        slot.pairings = [pair(handed, call.tensors, tensors, reads) for reads in entry.reads] if handed else ()
+        precomputed = state.expected.precomputed.get(info.call)
+        slot.pairings = (
+            [pair(precomputed, call.tensors, tensors, reads) for reads in entry.reads] if precomputed else ()
+        )
         return leaves
 
     @staticmethod
@@ -308,13 +310,13 @@ class Runtime:
         prompt = slot.prompt(entry.prompts[name], name, tensors) if name in entry.prompts else ()
         assert slot.feature is not None, "a slot without a feature is missing something"
         slot.feature.degree = degree
-        return entry.programs.shallow(seen.tick.step, tensors, slot.feature, prompt, cut)
+        return entry.programs.shallow(seen.info.step, tensors, slot.feature, prompt, cut)
 
     def _commit(self, state: ThreadState, seen: Observation, decision: StepDecision) -> None:
         """Remember the step that has been made."""
-        state.slots.use(seen.slot, seen.tick.step)
-        if state.expected.handed:
-            state.expected.handed.pop(seen.tick.call, None)
+        state.slots.use(seen.slot, seen.info.step)
+        if state.expected.precomputed:
+            state.expected.precomputed.pop(seen.info.call, None)
         counts = self.counts
         if decision.is_full:
             counts.full += 1
@@ -328,12 +330,12 @@ class Runtime:
         counts.by_cut[entry.variants.cuts[cut].branch.index] += 1
         state.trace.append(SHALLOW_LETTERS[min(cut, len(SHALLOW_LETTERS) - 1)])
 
-    def _scheduled(self, state: ThreadState, tick: Tick) -> tuple[bool, Branch | None]:
+    def _scheduled(self, state: ThreadState, info: StepInfo) -> tuple[bool, Branch | None]:
         """What the schedule says of a step: whether it is full, else where it begins.
 
         Asked once a step, for a function of the user's may keep count.
         """
-        step, num_steps = tick.step, tick.num_steps
+        step, num_steps = info.step, info.num_steps
         answer = state.answer
         if answer is None or answer[0] != step or answer[1] != num_steps:
             schedule = self.options.schedule
@@ -347,8 +349,8 @@ class Runtime:
             answer = state.answer = step, num_steps, is_full, branch
         return answer[2], answer[3]
 
-    def _check_num_steps(self, module: torch.nn.Module, tick: Tick) -> None:
-        if tick.num_steps is None and self.options.schedule.needs_num_steps:
+    def _check_num_steps(self, module: torch.nn.Module, info: StepInfo) -> None:
+        if info.num_steps is None and self.options.schedule.needs_num_steps:
             if not self._entries.made:
                 self.on_first_failure(module)
             raise ScheduleError(
@@ -368,12 +370,12 @@ class Runtime:
 
     def prepare(self, module: torch.nn.Module, call: Call) -> Entry:
         """Capture and split for calls like this one, ahead of the first."""
-        settings = self.model_state.settings(module, call.sample.device, thorough=True)
+        settings = self.model_state.settings(module, call.sample.device, at_run_start=True)
         return self._find_or_make(module, call, settings)[1]
 
     def _entry(self, state: ThreadState, module: torch.nn.Module, call: Call, *, begins_run: bool) -> Entry:
         """The programs for calls like this one, under the model's settings of now, which are looked at here alone."""
-        settings = self.model_state.settings(module, call.sample.device, thorough=begins_run)
+        settings = self.model_state.settings(module, call.sample.device, at_run_start=begins_run)
         known = state.known
         if (
             known is None
@@ -477,7 +479,9 @@ class Runtime:
             last_run="".join(self._state.trace),
             last_forecast=str(self._state.order) if self._state.trace else "",
             signatures=signatures,
-            companions=tuple(found for found in (watch.report() for watch in self.watches()) if found is not None),
+            companions=tuple(
+                found for found in (follower.report() for follower in self.followers()) if found is not None
+            ),
         )
 
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from deepcache_fx.execution.programs import DeepFeature, PromptStage, PromptValues, Values
+from deepcache_fx.execution.programs import FeatureCache, PromptStage, PromptValues, Values
 from deepcache_fx.graph.lazy import LazyTensor
 from deepcache_fx.graph.signature import Call
 
@@ -119,7 +119,7 @@ class Slot:
     def __init__(self, entry: Any, call: Call, name: Hashable, keep_copies: bool) -> None:
         self.entry = entry
         self.name = name
-        self.feature: DeepFeature | None = None
+        self.feature: FeatureCache | None = None
         self.refresh = -1
         """The run's last refresh when the feature was made (see `Slots.refresh`)."""
         self.used = -1

@@ -62,7 +62,7 @@ def value_position(timestep: torch.Tensor) -> Position:
     return Position(None, float(timestep.reshape(-1)[0].item()))
 
 
-class Tick(NamedTuple):
+class StepInfo(NamedTuple):
     """What a UNet call is: call number `call` of step `step` of the current run."""
 
     step: int
@@ -73,7 +73,7 @@ class Tick(NamedTuple):
     """Why this call must be full whatever the schedule says."""
 
 
-_tick = functools.partial(tuple.__new__, Tick)
+_tick = functools.partial(tuple.__new__, StepInfo)
 
 
 class StepTracker:
@@ -118,13 +118,13 @@ class StepTracker:
             return False
         return position is None and not (self._pending_run or (self._active and self._hooked))
 
-    def peek(self, position: Position | None, sample: object) -> tuple[Tick, bool]:
+    def peek(self, position: Position | None, sample: object) -> tuple[StepInfo, bool]:
         """What a call made now would be, and whether a scheduler tells it. Nothing changes by asking."""
         tracker = copy.copy(self)
-        tick = tracker.observe(position, None, sample)
-        return tick, tracker._hooked
+        info = tracker.observe(position, None, sample)
+        return info, tracker._hooked
 
-    def observe(self, position: Position | None, timestep: object, sample: object) -> Tick:
+    def observe(self, position: Position | None, timestep: object, sample: object) -> StepInfo:
         """Place a UNet call. `timestep` and `sample` are kept alive so that their identity cannot be reused."""
         last = self._position
         if (
@@ -137,14 +137,14 @@ class StepTracker:
             and position.source == last.source
             and position.at - last.at == self._direction * self._stride
         ):
-            tick = self._next_step()  # what `_place` would say: the next place of the same tensor
+            info = self._next_step()  # what `_place` would say: the next place of the same tensor
         else:
-            tick = self._place(position, sample)
+            info = self._place(position, sample)
         self._position, self._timestep, self._sample = position, timestep, sample
         self._stepped = False
-        return tick
+        return info
 
-    def _place(self, position: Position | None, sample: object) -> Tick:
+    def _place(self, position: Position | None, sample: object) -> StepInfo:
         if self._pending_run or not self._active:
             return self._begin(position, hooked=self._pending_run)
         if self._told:
@@ -182,7 +182,7 @@ class StepTracker:
         direction: int | None = None,
         stride: float = 1.0,
         reason: str = "first call of a run",
-    ) -> Tick:
+    ) -> StepInfo:
         by_value = position is not None and position.source is None
         self._active, self._hooked, self._pending_run = True, hooked, False
         self._step, self._call = 0, 0
@@ -199,19 +199,19 @@ class StepTracker:
             known = None  # a place in some tensor says nothing of the caller's steps
         self._num_steps = known
         self._doubt: str | None = None
-        return Tick(0, 0, self._num_steps, new_run=True, doubt=reason)
+        return StepInfo(0, 0, self._num_steps, new_run=True, doubt=reason)
 
-    def _as_told(self, position: Position | None) -> Tick:
+    def _as_told(self, position: Position | None) -> StepInfo:
         """A step is what lies between two that the caller ended, whatever the timestep is."""
         if not self._stepped:
             self._call += 1
-            return Tick(self._step, self._call, self._num_steps)
+            return StepInfo(self._step, self._call, self._num_steps)
         if self._num_steps is not None and self._step + 1 >= self._num_steps:
             self._told = False
             return self._begin(position, reason="more steps than the caller had announced")
         return self._next_step()
 
-    def _next_step(self) -> Tick:
+    def _next_step(self) -> StepInfo:
         calls = self._call + 1
         # A repeated timestep may have been a new run that an abandoned one cannot be told from: settle it here.
         settled = not self._unsure or calls == self._calls_before
@@ -220,19 +220,19 @@ class StepTracker:
         self._calls_before, self._unsure = calls, False
         return _tick((self._step, 0, self._num_steps, False, self._doubt))
 
-    def _next_call(self, sample: object) -> Tick:
+    def _next_call(self, sample: object) -> StepInfo:
         self._call += 1
         if self._call >= (MAX_VIEWS_PER_STEP if self._hooked and self._stepped else MAX_CALLS_PER_STEP):
-            tick = self._begin(
+            info = self._begin(
                 self._position, hooked=self._hooked, reason="the timestep does not change from call to call"
             )
             self._unsure = True  # the next step's calls are not numbered as these are
-            return tick
+            return info
         if not self._hooked and sample is not self._sample:
             if self._step > 0 and not self._distinct:  # in this run the calls of a step shared their sample
                 return self._begin(self._position)
             self._unsure = self._distinct = True
-        return Tick(self._step, self._call, self._num_steps, doubt=self._doubt)
+        return StepInfo(self._step, self._call, self._num_steps, doubt=self._doubt)
 
     # Set by _begin and observe; declared for readers and type checkers.
     _position: Position | None

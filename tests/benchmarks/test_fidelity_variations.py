@@ -16,6 +16,7 @@ from benchmarks.fidelity.cases import Case
 from benchmarks.fidelity.models import Model, UNetCost, load_model
 from benchmarks.fidelity.setting import Setting
 from benchmarks.fidelity.variations import Drift, _closest, positions
+from tests.families import thorough
 
 CASE = Case("t2i", "0", "ddim", 9, 1, 0, 0, "float32", "cpu", "", 3)
 
@@ -63,12 +64,14 @@ def test_over_evenly_spaced_timesteps_the_abscissa_makes_no_difference_and_over_
     assert not torch.allclose(images(model, "forecast-1-over-sigma"), by_step, atol=1e-3)
 
 
+@thorough
 def test_forecasting_features_is_another_approximation(model: Model) -> None:
     sums, features = images(model, "forecast-1"), images(model, "forecast-1-of-features")
     assert not torch.equal(sums, features)
     assert torch.allclose(sums, features, atol=0.2)
 
 
+@thorough
 def test_the_adaptive_arm_makes_about_as_many_full_steps_as_uniform(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,6 +185,7 @@ def test_a_resumed_run_measures_only_what_is_missing(
     assert not ResultsFile(copy).done(case("eager"), "another commit")
 
 
+@thorough
 def test_a_warm_start_is_measured_in_a_new_process(tmp_path: Path) -> None:
     facts = benchmarks.speed.setup._in_a_new_process(
         case("ours-compile", 2), "ours-compile", 2, tmp_path / "cache", "eager"

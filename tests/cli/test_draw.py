@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from deepcache_fx.cli import app as cli
 from tests import small
+from tests.families import thorough
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,7 @@ def words(path: Path) -> list[str]:
     return ["".join(text.itertext()).replace("\xa0", " ").strip() for text in texts]
 
 
+@thorough
 def test_a_preset_is_drawn_without_weights_at_the_branch_and_sizes_given(tmp_path: Path) -> None:
     path = tmp_path / "unet.svg"
     sizes = ("--height", "64", "--width", "16", "--batch", "3", "--dtype", "float32")

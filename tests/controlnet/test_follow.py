@@ -17,9 +17,10 @@ from diffusers import ControlNetModel, MultiControlNetModel
 import deepcache_fx
 from deepcache_fx.execution import memory_format
 from deepcache_fx.runtime.attach import attached_to, runtime_of
-from deepcache_fx.runtime.report import CompanionReport
-from tests.controlnet.test_companion import companion, denoise
+from deepcache_fx.runtime.report import ControlNetReport
+from tests.controlnet.test_controlnet_runtime import controlnet_runtime, denoise
 from tests.execution.test_memory_format import formats
+from tests.families import family
 from tests.oracles import TO_THE_BIT, specified
 from tests.pipelines import NO_CHECKER, Case, controlnet, like_sd, one_controlnet, several_controlnets, unet
 
@@ -62,7 +63,7 @@ def test_several_controlnets_are_one_network() -> None:
     with deepcache_fx.optimized(case.pipe, 3, **TO_THE_BIT):
         assert isinstance(case.pipe.controlnet, MultiControlNetModel)
         assert all(is_plain(net) for net in case.pipe.controlnet.nets)
-        assert companion(case.pipe).model == "MultiControlNetModel"
+        assert controlnet_runtime(case.pipe).model == "MultiControlNetModel"
     assert is_plain(case.pipe.controlnet, MultiControlNetModel)
 
 
@@ -81,17 +82,17 @@ def test_another_schedule_keeps_what_is_captured() -> None:
     latents(case)
     deepcache_fx.optimize(case.pipe, 2, **TO_THE_BIT)
     latents(case)
-    assert companion(case.pipe).last_run == "FsFsFsF"
-    assert companion(case.pipe).captures == 1
+    assert controlnet_runtime(case.pipe).last_run == "FsFsFsF"
+    assert controlnet_runtime(case.pipe).captures == 1
     with deepcache_fx.optimized(case.pipe, 3, **TO_THE_BIT):
         latents(case)
-        assert companion(case.pipe).last_run == "FssFssF"
-        assert companion(case.pipe).captures == 1
+        assert controlnet_runtime(case.pipe).last_run == "FssFssF"
+        assert controlnet_runtime(case.pipe).captures == 1
     latents(case)
-    assert companion(case.pipe).last_run == "FsFsFsF"
-    assert companion(case.pipe).captures == 1
+    assert controlnet_runtime(case.pipe).last_run == "FsFsFsF"
+    assert controlnet_runtime(case.pipe).captures == 1
     deepcache_fx.optimize(case.pipe, 2, backend="eager")
-    assert companion(case.pipe).captures == 0
+    assert controlnet_runtime(case.pipe).captures == 0
 
 
 def test_a_replaced_controlnet_is_followed() -> None:
@@ -102,7 +103,7 @@ def test_a_replaced_controlnet_is_followed() -> None:
     case.pipe.controlnet = new
     second, third = latents(case), latents(case)
     assert is_plain(old)
-    assert companion(case.pipe).last_run == "FssFssF"
+    assert controlnet_runtime(case.pipe).last_run == "FssFssF"
     deepcache_fx.restore(case.pipe)
     assert is_plain(new)
     expected = wanted(case)
@@ -131,12 +132,12 @@ def test_a_controlnet_shared_by_two_pipelines_serves_the_unet_that_runs() -> Non
     for _ in range(2):
         assert torch.equal(latents(first), expected[0])
         assert torch.equal(latents(second), expected[1])
-    assert companion(first.pipe).last_run == "FssFssF"
-    assert companion(other).last_run == "FsFsFsF"
-    assert companion(first.pipe).completed_calls == companion(other).completed_calls == 0
+    assert controlnet_runtime(first.pipe).last_run == "FssFssF"
+    assert controlnet_runtime(other).last_run == "FsFsFsF"
+    assert controlnet_runtime(first.pipe).completed_calls == controlnet_runtime(other).completed_calls == 0
     deepcache_fx.restore(first.pipe)
     assert torch.equal(latents(second), expected[1])
-    assert companion(other).shallow_calls == 9
+    assert controlnet_runtime(other).shallow_calls == 9
     latents(first)
     deepcache_fx.restore(other)
     assert is_plain(other.controlnet)
@@ -149,7 +150,7 @@ def two_of_one_controlnet() -> tuple[Any, Any]:
     return first.pipe, second
 
 
-@pytest.mark.parametrize("first_to_run", [0, 1])
+@pytest.mark.parametrize("first_to_run", family([0, 1], 0))
 def test_restoring_one_unet_within_a_run_of_another_keeps_the_shared_weights_formatted(
     first_to_run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,8 +174,8 @@ def test_restoring_one_unet_within_a_run_of_another_keeps_the_shared_weights_for
             denoise(pipe, steps=2)
         changed = denoise(left, turn=turn)
     assert found == [{True}] * 7
-    assert companion(left).last_run == "FssFssF"
-    assert companion(left).captures == 1
+    assert controlnet_runtime(left).last_run == "FssFssF"
+    assert controlnet_runtime(left).captures == 1
     deepcache_fx.restore(left)
     assert formats(network) == {False}
     assert is_plain(network)
@@ -197,7 +198,7 @@ def test_one_that_comes_back_counts_again(monkeypatch: pytest.MonkeyPatch) -> No
         denoise(back, steps=2)
         deepcache_fx.restore(gone)
         assert formats(network) == {True}
-        assert companion(back).captures == 1
+        assert controlnet_runtime(back).captures == 1
         deepcache_fx.restore(back)
         assert formats(network) == {False}
 
@@ -234,7 +235,7 @@ def test_two_pipelines_of_one_unet_have_a_controlnet_each() -> None:
     assert is_plain(other.controlnet)
 
 
-@pytest.mark.parametrize("offload_first", [True, False])
+@pytest.mark.parametrize("offload_first", family([True, False], True))
 def test_offload_hooks_do_not_tear_it_off(offload_first: bool) -> None:
     case = one_controlnet()
     expected = wanted(case)
@@ -247,11 +248,11 @@ def test_offload_hooks_do_not_tear_it_off(offload_first: bool) -> None:
     hooks = hooks or hooked()
     for _ in range(2):
         assert torch.equal(latents(case), expected)
-        assert companion(case.pipe).last_run == "FssFssF"
+        assert controlnet_runtime(case.pipe).last_run == "FssFssF"
         for hook in hooks:
             hook.remove()
         hooks = hooked()
-    assert companion(case.pipe).completed_calls == 0
+    assert controlnet_runtime(case.pipe).completed_calls == 0
 
 
 def test_networks_are_freed_with_their_pipelines() -> None:
@@ -279,5 +280,5 @@ def test_a_network_that_was_optimised_by_itself_stays_so() -> None:
     deepcache_fx.optimize(case.pipe, 3, **TO_THE_BIT)
     assert runtime_of(case.pipe.controlnet) is runtime is not None
     assert deepcache_fx.report(case.pipe).companions == (
-        CompanionReport(model="ControlNetModel", refused="optimize was called on it"),
+        ControlNetReport(model="ControlNetModel", refused="optimize was called on it"),
     )

@@ -30,6 +30,7 @@ from deepcache_fx.options import Options
 from deepcache_fx.planning.example_inputs import example_inputs
 from tests import small
 from tests.compvis import CompVisUNet
+from tests.families import family
 from tests.models import sd_unet
 
 RATE_NAMES = ("prompt", "refresh", "step")
@@ -143,7 +144,7 @@ def bare() -> Subject:
     return Subject(Bare().eval(), {"sample": torch.zeros(1, 3, 16, 16), "timestep": torch.tensor(5)})
 
 
-@pytest.fixture(params=["compvis", "sd", "ddpm", "bare"])
+@pytest.fixture(params=family(["compvis", "sd", "ddpm", "bare"], "compvis", "bare"))
 def subject(request: pytest.FixtureRequest) -> Subject:
     found = request.getfixturevalue(request.param)
     assert isinstance(found, Subject)

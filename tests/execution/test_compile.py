@@ -15,6 +15,7 @@ from deepcache_fx.errors import CompileError
 from deepcache_fx.execution.compile import compile_variant, pick_backend
 from deepcache_fx.options import Options
 from tests.compvis import CompVisUNet, denoise
+from tests.families import thorough
 
 CPU = torch.device("cpu")
 
@@ -103,6 +104,7 @@ def test_an_unknown_mode_or_backend_is_an_error_that_lists_the_known_ones() -> N
         compiled(1.0, backend="nonsense")
 
 
+@thorough
 def test_a_capture_serves_only_its_own_size() -> None:
     """Without guards in the programs, what tells sizes apart is the signature alone."""
     unet = deepcache_fx.optimize(CompVisUNet(), backend="aot_eager")

@@ -19,6 +19,7 @@ from deepcache_fx.execution import cuda_graphs
 from deepcache_fx.execution.assemble import Entry
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
+from tests.families import family
 from tests.oracles import REPEATING, TO_THE_BIT, CatOracle, agree
 from tests.pipelines import one_controlnet
 from tests.whole.test_pipelines import expected as wanted
@@ -121,7 +122,7 @@ def exchanged(unet: nn.Module) -> None:
 OTHERS = [one_layer, all_layers, assigned, in_inference_mode, buffers, shared, trainable, exchanged]
 
 
-@pytest.fixture(params=[False, True], ids=["called", "recorded"])
+@pytest.fixture(params=family([False, True], True), ids=["called", "recorded"])
 def recording(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Options with which steps are called, or recorded."""
     if request.param:
@@ -425,9 +426,9 @@ def test_a_controlnet_goes_on_with_other_weights(recording: dict[str, Any], opti
     for number in (0, 1, 0, 0, 1):
         put(network, states[number])
         assert agree(case(run), expected[number], options)
-    [companion] = deepcache_fx.report(case.pipe).companions
-    assert (companion.captures, companion.rebound, companion.original_calls) == (1, 3, 0)
-    assert companion.shallow_calls > 0
+    [controlnet_runtime] = deepcache_fx.report(case.pipe).companions
+    assert (controlnet_runtime.captures, controlnet_runtime.rebound, controlnet_runtime.original_calls) == (1, 3, 0)
+    assert controlnet_runtime.shallow_calls > 0
     assert counts(case.pipe) == (1, 0)
 
 

@@ -60,7 +60,7 @@ class Slotted:
         self.held = held
 
 
-class Called(Box):
+class DirectPrograms(Box):
     def __call__(self, x: Any) -> Any:
         return x * SCALE
 
@@ -189,7 +189,7 @@ def changed_global() -> Any:
 
 
 def changes() -> dict[str, tuple[Any, Any]]:
-    box, slotted, nested, called = Box(1), Slotted(1), Box(Box({"a": [1]})), Called(1)
+    box, slotted, nested, called = Box(1), Slotted(1), Box(Box({"a": [1]})), DirectPrograms(1)
     mask, layer, array, items = torch.ones(2), nn.Linear(2, 2), np.ones(2), {"a": [1]}
     deep = nn.Sequential(nn.Sequential(nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(2, 2))))))
     cell, change_cell = changed_cell()

@@ -19,7 +19,7 @@ from deepcache_fx.runtime.attach import runtime_of
 from tests import models, small
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
-from tests.families import examples
+from tests.families import examples, family
 from tests.oracles import TO_THE_BIT, CatOracle, published
 
 TIMESTEPS = torch.arange(950, -1, -50)
@@ -143,7 +143,7 @@ def test_hoisted_sums_are_forecast_nearly_as_the_feature_is() -> None:
     assert not close(hoisted, whole, 1e-6)
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", family([1, 2], 1))
 def test_recorded_and_compiled_steps_forecast_alike(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", FakeRecorder)
     expected = [
@@ -171,7 +171,7 @@ def guided(unet: Any, together: bool) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("graphs", family([True, False], True))
 def test_two_calls_a_step_keep_their_own_refreshes(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", FakeRecorder)
     options: dict[str, Any] = {"forecast": 2, "backend": "eager", "cuda_graphs": graphs}

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepcache_fx.graph.macs import Macs, node_macs, total_macs
 from deepcache_fx.planning.example_inputs import example_inputs
 from deepcache_fx.planning.plan import plan
+from tests.families import family
 from tests.models import sdxl_unet
 
 aten = torch.ops.aten
@@ -162,7 +163,7 @@ def conditional_unet() -> UNet2DConditionModel:
     )
 
 
-@pytest.mark.parametrize("make", [plain_unet, conditional_unet])
+@pytest.mark.parametrize("make", family([plain_unet, conditional_unet], plain_unet))
 def test_a_whole_unet_counts_as_pytorch_counts_it(make: Callable[[], torch.nn.Module]) -> None:
     with torch.device("meta"):  # where attention is counted: PyTorch's counter does not know the CPU's fused kernel
         unet = make()

@@ -12,6 +12,7 @@ import torch
 import deepcache_fx
 from deepcache_fx import DeepCacheError, MergeTokens, Only
 from tests.compvis import CompVisUNet, denoise
+from tests.families import family
 from tests.oracles import REPEATING, specified
 from tests.whole.test_stacking import FULL, check_cached, make_unet
 from tests.whole.test_stacking import denoise as denoise_pixels
@@ -28,7 +29,7 @@ def double_output(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return gm
 
 
-@pytest.mark.parametrize("variant", ["full", "shallow"])
+@pytest.mark.parametrize("variant", family(["full", "shallow"], "full"))
 def test_a_pass_runs_on_one_kind_of_step_alone(variant: Any) -> None:
     unet = deepcache_fx.optimize(CompVisUNet(), backend="eager", passes=[Only(variant, double_output)])
     plain = deepcache_fx.optimize(CompVisUNet(), backend="eager")
@@ -42,7 +43,7 @@ def test_a_pass_runs_on_one_kind_of_step_alone(variant: Any) -> None:
     assert f"double_output ({variant})" in names
 
 
-@pytest.mark.parametrize("variant", ["full", "shallow"])
+@pytest.mark.parametrize("variant", family(["full", "shallow"], "shallow"))
 def test_tokens_merged_in_one_kind_of_step_equal_tomesd_switched_per_step(variant: Any) -> None:
     tomesd = pytest.importorskip("tomesd")
     unet = make_unet()

@@ -13,6 +13,7 @@ from deepcache_fx.graph.skips import find_skip_connections, pick_branch, require
 from deepcache_fx.graph.split import RATES, keep_outputs, plain_cost, refresh_costs, split
 from passes.shared.match import is_op
 from tests import models
+from tests.families import thorough
 
 aten = torch.ops.aten
 
@@ -182,6 +183,7 @@ def test_out_of_range_branches_name_the_range() -> None:
     assert pick_branch(found, (0, 1), "Net").index == 1
 
 
+@thorough
 def test_blocks_of_a_diffusers_unet_are_its_up_blocks() -> None:
     unet = models.sd_unet()
     reader = CallReader(type(unet).forward)

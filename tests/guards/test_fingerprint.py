@@ -114,13 +114,13 @@ def test_is_seen(change: str) -> None:
     model, kept = Model(), Fingerprint()
     before = fingerprint(model)
     assert fingerprint(model) == before == kept.read(model).structure
-    assert kept.known(model, thorough=True) is kept.read(model)
+    assert kept.known(model, at_run_start=True) is kept.read(model)
     alive = [model.layer, model.processor, model.table, *model.parameters()]
     CHANGES[change](model)
     assert fingerprint(model) != before, alive
-    assert kept.known(model, thorough=True) is None
+    assert kept.known(model, at_run_start=True) is None
     assert kept.read(model).structure == fingerprint(model)
-    assert kept.known(model, thorough=True) is not None
+    assert kept.known(model, at_run_start=True) is not None
 
 
 REPLACED: dict[str, Callable[[Model], object]] = {
@@ -138,21 +138,21 @@ def test_other_weights_of_the_same_kind_are_the_same_structure_and_other_setting
     model, kept = Model(), Fingerprint()
     before, old = kept.read(model), kept.weights()
     REPLACED[change](model)
-    assert kept.known(model, thorough=True) is None
+    assert kept.known(model, at_run_start=True) is None
     after, new = kept.read(model), kept.weights()
     assert after != before
     assert after.structure is before.structure
     names = [*dict(model.named_parameters()).values(), *dict(model.named_buffers()).values()]
     assert {id(tensor) for tensor in new} == {id(tensor) for tensor in names}
     assert [one.shape for one in new] == [one.shape for one in old]
-    assert kept.known(model, thorough=True) is after is kept.read(model)
+    assert kept.known(model, at_run_start=True) is after is kept.read(model)
 
 
 def test_weights_that_are_numbered_anew_are_other_settings() -> None:
     model, kept = Model(), Fingerprint()
     before = kept.read(model)
     kept.renumber()
-    assert kept.known(model, thorough=True) != before
+    assert kept.known(model, at_run_start=True) != before
     assert kept.read(model).structure is before.structure
 
 
@@ -172,7 +172,7 @@ def test_settings_are_seen_at_a_glance_too(change: str) -> None:
     model, kept = Model(), Fingerprint()
     kept.read(model)
     CHANGES[change](model)
-    assert (kept.known(model, thorough=False) is None) == (change in SETTINGS)
+    assert (kept.known(model, at_run_start=False) is None) == (change in SETTINGS)
 
 
 def test_equal_values_in_new_objects_are_read_again_and_are_no_change() -> None:
@@ -180,10 +180,10 @@ def test_equal_values_in_new_objects_are_read_again_and_are_no_change() -> None:
     before = kept.read(model)
     model.scaling = {"default": float("0.5")}
     model.processor.scale = [1.0, 2.0]
-    assert kept.known(model, thorough=False) is None
+    assert kept.known(model, at_run_start=False) is None
     assert kept.read(model) is before
     model.scaling["default"] = 0.7  # of the new dictionary
-    assert kept.known(model, thorough=False) is None
+    assert kept.known(model, at_run_start=False) is None
 
 
 def test_what_has_expired_is_read_again_and_is_no_change() -> None:
@@ -191,15 +191,15 @@ def test_what_has_expired_is_read_again_and_is_no_change() -> None:
     kept.expire()  # of nothing
     before = kept.read(model)
     kept.expire()
-    assert kept.known(model, thorough=True) is kept.known(model, thorough=False) is None
+    assert kept.known(model, at_run_start=True) is kept.known(model, at_run_start=False) is None
     assert kept.read(model) is before
-    assert kept.known(model, thorough=True) is before
+    assert kept.known(model, at_run_start=True) is before
 
 
 def test_another_model_is_not_taken_for_the_one_that_was_read() -> None:
     kept = Fingerprint()
     kept.read(Model())
-    assert kept.known(Model(), thorough=False) is None
+    assert kept.known(Model(), at_run_start=False) is None
 
 
 def test_to_find_a_published_unet_unchanged_costs_a_fraction_of_reading_it() -> None:
@@ -216,8 +216,8 @@ def test_to_find_a_published_unet_unchanged_costs_a_fraction_of_reading_it() -> 
         return min(times)
 
     reading = fastest(lambda: fingerprint(unet))
-    assert fastest(lambda: kept.known(unet, thorough=True)) < reading / 5
-    assert fastest(lambda: kept.known(unet, thorough=False)) < reading / 40
+    assert fastest(lambda: kept.known(unet, at_run_start=True)) < reading / 5
+    assert fastest(lambda: kept.known(unet, at_run_start=False)) < reading / 40
 
 
 def test_new_values_in_the_same_weights_are_not_a_change() -> None:
@@ -299,10 +299,10 @@ def test_what_a_function_holds_is_a_setting(what: str, where: str) -> None:
     FUNCTIONS[where](model, closure.function)
     before = kept.read(model)
     assert fingerprint(model) == before.structure
-    assert kept.known(model, thorough=False) is before
+    assert kept.known(model, at_run_start=False) is before
     change(closure)
-    assert kept.known(model, thorough=False) is None
-    assert kept.known(model, thorough=True) is None
+    assert kept.known(model, at_run_start=False) is None
+    assert kept.known(model, at_run_start=True) is None
     assert kept.read(model).structure == fingerprint(model) != before.structure
 
 
@@ -320,7 +320,7 @@ def test_of_a_schedulers_steps_in_a_closure_nothing_is_noted() -> None:
     model.patch = closure.function
     before = kept.read(model)
     closure.held.set_timesteps(7)
-    assert kept.known(model, thorough=True) is before
+    assert kept.known(model, at_run_start=True) is before
 
 
 def test_what_a_hook_of_the_whole_collects_is_no_setting() -> None:
@@ -328,7 +328,7 @@ def test_what_a_hook_of_the_whole_collects_is_no_setting() -> None:
     model.register_forward_hook(lambda module, inputs, output: seen.append(output))
     before = kept.read(model)
     seen.append(1)
-    assert kept.known(model, thorough=True) is before
+    assert kept.known(model, at_run_start=True) is before
     assert fingerprint(model) == before.structure
 
 
@@ -337,7 +337,7 @@ def test_a_class_attribute_of_the_users_is_a_setting(monkeypatch: pytest.MonkeyP
     model.processor = OfAUser()
     before = kept.read(model)
     monkeypatch.setattr(OfAUser, "scale", 2.0)
-    assert kept.known(model, thorough=False) is None
+    assert kept.known(model, at_run_start=False) is None
     assert kept.read(model) != before
 
 
@@ -346,7 +346,7 @@ def test_a_bound_methods_object_is_a_setting() -> None:
     model.patch = user.__call__
     before = kept.read(model)
     user.scale = 2.0
-    assert kept.known(model, thorough=False) is None
+    assert kept.known(model, at_run_start=False) is None
     assert kept.read(model) != before
 
 

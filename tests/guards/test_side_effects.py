@@ -18,6 +18,7 @@ from deepcache_fx.guards.fingerprint import Fingerprint
 from deepcache_fx.guards.side_effects import SideEffects
 from deepcache_fx.guards.stray_tensors import remove_strays
 from tests.compvis import CompVisUNet, denoise
+from tests.families import family
 from tests.keeping import PLACES
 from tests.oracles import TO_THE_BIT
 
@@ -50,7 +51,7 @@ KEEPING: dict[str, Callable[[Recorder, torch.Tensor], object]] = {
 }
 
 
-@pytest.mark.parametrize("what", KEEPING)
+@pytest.mark.parametrize("what", family(KEEPING, "a number"))
 def test_a_model_that_keeps_something_of_each_call_runs_uncached_and_says_why(what: str) -> None:
     model, plain = (Recording(KEEPING[what]) for _ in range(2))
     expected = denoise(plain, TIMESTEPS), denoise(plain, TIMESTEPS)
@@ -302,7 +303,7 @@ def test_what_the_graph_itself_notes_is_no_side_effect(graph: torch.fx.GraphModu
 END_TO_END = ["a nonlocal variable", "a class attribute", "a global list", "a decorated function's variable"]
 
 
-@pytest.mark.parametrize("value", [TENSOR, NUMBER], ids=["tensors", "numbers"])
+@pytest.mark.parametrize("value", family([TENSOR, NUMBER], TENSOR), ids=["tensors", "numbers"])
 @pytest.mark.parametrize("place", END_TO_END)
 def test_a_model_that_keeps_what_it_saw_gives_what_the_plain_one_gives(
     place: str, value: Callable[[torch.Tensor, Any], Any]

@@ -10,9 +10,10 @@ import torch
 
 import deepcache_fx
 from deepcache_fx.options import Options
-from deepcache_fx.runtime.forecast_order import NoiseWatch, has_uneven_steps, order_of
+from deepcache_fx.runtime.forecast_order import NoiseDetector, has_uneven_steps, order_of
 from tests import small
 from tests.compvis import TIMESTEPS, CompVisUNet, denoise
+from tests.families import family
 
 
 def scheduler(name: str, **config: Any) -> Any:
@@ -31,15 +32,20 @@ def latents(pipe: Any, steps: int = 7, **arguments: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "config", "degree"),
-    [
-        ("DDIMScheduler", {}, 1),
-        ("DPMSolverMultistepScheduler", {}, 1),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 0),
-        ("EulerAncestralDiscreteScheduler", {}, 0),
-        ("KDPM2AncestralDiscreteScheduler", {}, 0),
-        ("DDPMScheduler", {}, 0),
-        ("LCMScheduler", {}, 0),
-    ],
+    family(
+        [
+            ("DDIMScheduler", {}, 1),
+            ("DPMSolverMultistepScheduler", {}, 1),
+            ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 0),
+            ("EulerAncestralDiscreteScheduler", {}, 0),
+            ("KDPM2AncestralDiscreteScheduler", {}, 0),
+            ("DDPMScheduler", {}, 0),
+            ("LCMScheduler", {}, 0),
+        ],
+        "DDIMScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "LCMScheduler",
+    ),
 )
 def test_a_scheduler_that_draws_noise_is_not_forecast(name: str, config: dict[str, Any], degree: int) -> None:
     pipe = small.pipeline()
@@ -99,9 +105,9 @@ def test_timesteps_of_ones_own_are_looked_at() -> None:
 
 @pytest.mark.parametrize("draw", [torch.randn, torch.rand, lambda n: torch.empty(n).normal_(), torch.randperm])
 def test_random_numbers_are_seen_whoever_draws_them(draw: Any) -> None:
-    with NoiseWatch() as watch:
+    with NoiseDetector() as watch:
         torch.ones(3).sum()
     assert not watch.seen
-    with NoiseWatch() as watch:
+    with NoiseDetector() as watch:
         draw(3)
     assert watch.seen

@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 from deepcache_fx.runtime.steps import (
     MAX_CALLS_PER_STEP,
     MAX_VIEWS_PER_STEP,
+    StepInfo,
     StepTracker,
-    Tick,
     position_of,
     value_position,
 )
 from tests.families import examples
 
 
-def feed(tracker: StepTracker, timesteps: list[torch.Tensor], samples: list[object] | None = None) -> list[Tick]:
+def feed(tracker: StepTracker, timesteps: list[torch.Tensor], samples: list[object] | None = None) -> list[StepInfo]:
     samples = samples or [object() for _ in timesteps]
     return [tracker.observe(position_of(t), t, s) for t, s in zip(timesteps, samples, strict=True)]
 
 
-def places(ticks: list[Tick]) -> list[tuple[int, int]]:
-    return [(tick.step, tick.call) for tick in ticks]
+def places(infos: list[StepInfo]) -> list[tuple[int, int]]:
+    return [(info.step, info.call) for info in infos]
 
 
 def values(*numbers: float) -> list[torch.Tensor]:
@@ -43,54 +43,54 @@ def test_a_view_of_the_timesteps_is_placed_by_its_offset_and_no_value_is_read() 
 
 def test_a_view_tells_how_many_steps_are_left() -> None:
     timesteps = torch.arange(20)
-    tick = feed(StepTracker(), [timesteps[5]])[0]
-    assert tick.num_steps == 15
+    info = feed(StepTracker(), [timesteps[5]])[0]
+    assert info.num_steps == 15
 
 
 def test_a_tensor_of_its_own_is_placed_by_its_value() -> None:
-    ticks = feed(StepTracker(), values(999, 500, 1))
-    assert places(ticks) == [(0, 0), (1, 0), (2, 0)]
-    assert [t.num_steps for t in ticks] == [None] * 3
+    infos = feed(StepTracker(), values(999, 500, 1))
+    assert places(infos) == [(0, 0), (1, 0), (2, 0)]
+    assert [t.num_steps for t in infos] == [None] * 3
     assert position_of(torch.tensor([7, 3])) == value_position(torch.tensor([7.0]))
 
 
 def test_two_calls_with_one_timestep_belong_to_one_step() -> None:
     timesteps, samples = torch.tensor([999, 500, 1]), [object(), object(), object()]
     twice = [t for t in timesteps for _ in range(2)]
-    ticks = feed(StepTracker(), twice, [s for s in samples for _ in range(2)])
-    assert places(ticks) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
-    assert [t.doubt for t in ticks[1:]] == [None] * 5
+    infos = feed(StepTracker(), twice, [s for s in samples for _ in range(2)])
+    assert places(infos) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [t.doubt for t in infos[1:]] == [None] * 5
 
 
 def test_two_calls_with_different_samples_are_settled_by_one_full_step() -> None:
     """They may be guidance done as two calls, or an abandoned run and a new one: only the next step tells."""
-    ticks = feed(StepTracker(), [t for t in torch.tensor([999, 700, 400, 1]) for _ in range(2)])
-    assert places(ticks) == [(step, call) for step in range(4) for call in range(2)]
-    assert [t.doubt is not None for t in ticks] == [True, False, True, True, False, False, False, False]
+    infos = feed(StepTracker(), [t for t in torch.tensor([999, 700, 400, 1]) for _ in range(2)])
+    assert places(infos) == [(step, call) for step in range(4) for call in range(2)]
+    assert [t.doubt is not None for t in infos] == [True, False, True, True, False, False, False, False]
 
 
-def hooked(timesteps: list[torch.Tensor], num_steps: int) -> list[Tick]:
+def hooked(timesteps: list[torch.Tensor], num_steps: int) -> list[StepInfo]:
     """A scheduler whose `step` follows every call."""
-    tracker, ticks = StepTracker(), []
+    tracker, infos = StepTracker(), []
     tracker.run_announced(num_steps)
     for t in timesteps:
-        ticks += feed(tracker, [t])
+        infos += feed(tracker, [t])
         tracker.step_ended()
-    return ticks
+    return infos
 
 
 @pytest.mark.parametrize("views", [2, MAX_CALLS_PER_STEP + 5])
 def test_views_of_a_panorama_are_calls_of_a_step_although_the_scheduler_makes_a_step_for_each(views: int) -> None:
-    ticks = hooked([t for t in torch.tensor([999, 500, 1]) for _ in range(views)], 3)
-    assert places(ticks) == [(step, view) for step in range(3) for view in range(views)]
-    assert [tick.doubt for tick in ticks[1:]] == [None] * (3 * views - 1)
+    infos = hooked([t for t in torch.tensor([999, 500, 1]) for _ in range(views)], 3)
+    assert places(infos) == [(step, view) for step in range(3) for view in range(views)]
+    assert [info.doubt for info in infos[1:]] == [None] * (3 * views - 1)
     assert places(hooked([torch.tensor(999)] * views, 1)) == [(0, view) for view in range(views)]
 
 
 def test_with_more_views_than_can_be_told_apart_every_call_is_full() -> None:
     views = MAX_VIEWS_PER_STEP + 9
-    ticks = hooked([t for t in torch.tensor([999, 500, 1]) for _ in range(views)], 3)
-    assert all(tick.step == 0 or tick.doubt for tick in ticks)
+    infos = hooked([t for t in torch.tensor([999, 500, 1]) for _ in range(views)], 3)
+    assert all(info.step == 0 or info.doubt for info in infos)
 
 
 def test_a_bare_timestep_that_a_scheduler_repeats_is_a_step_of_its_own() -> None:
@@ -127,22 +127,22 @@ def test_a_sequence_that_only_goes_back_is_followed_after_its_second_step() -> N
     """DDIM inversion by value, or indexing the timesteps from the end."""
     assert [t.new_run for t in feed(StepTracker(), values(1, 20, 40, 60))] == [True, True, False, False]
     timesteps = torch.arange(5)
-    ticks = feed(StepTracker(), [timesteps[4 - i] for i in range(5)])
-    assert [t.new_run for t in ticks] == [True, True, False, False, False]
+    infos = feed(StepTracker(), [timesteps[4 - i] for i in range(5)])
+    assert [t.new_run for t in infos] == [True, True, False, False, False]
 
 
 def test_a_jump_of_a_bare_value_begins_a_run() -> None:
     """Abandoned at 900, the next one (image to image) starts at 300."""
-    ticks = feed(StepTracker(), values(999, 950, 900, 300, 250))
-    assert [t.new_run for t in ticks] == [True, False, False, True, False]
+    infos = feed(StepTracker(), values(999, 950, 900, 300, 250))
+    assert [t.new_run for t in infos] == [True, False, False, True, False]
 
 
 def test_a_jump_within_one_timesteps_tensor_begins_a_run() -> None:
     """Abandoned after two steps; another image starts further down, as image to image does."""
     timesteps = torch.arange(20)
-    ticks = feed(StepTracker(), [timesteps[i] for i in (0, 1, 10, 11, 12)])
+    infos = feed(StepTracker(), [timesteps[i] for i in (0, 1, 10, 11, 12)])
     # The second jump is the stride of one again: the price of following strided views.
-    assert [t.new_run for t in ticks] == [True, False, True, True, False]
+    assert [t.new_run for t in infos] == [True, False, True, True, False]
 
 
 def test_a_strided_or_reversed_view_tells_how_many_steps_are_left() -> None:
@@ -172,8 +172,8 @@ def test_a_reset_tracker_keeps_no_tensor_alive() -> None:
 
 
 def test_a_nan_timestep_is_always_full() -> None:
-    ticks = feed(StepTracker(), values(999.0, float("nan"), float("nan"), 900.0))
-    assert all(t.new_run for t in ticks)
+    infos = feed(StepTracker(), values(999.0, float("nan"), float("nan"), 900.0))
+    assert all(t.new_run for t in infos)
 
 
 def test_the_scheduler_outranks_the_timestep() -> None:
@@ -230,8 +230,8 @@ def test_a_value_is_wanted_only_where_nothing_else_tells() -> None:
 
 def test_a_timestep_that_never_changes_holds_a_bounded_number_of_calls() -> None:
     timesteps = torch.tensor([5, 5])
-    ticks = feed(StepTracker(), [timesteps[0]] * 100)
-    assert max(t.call for t in ticks) == MAX_CALLS_PER_STEP - 1
+    infos = feed(StepTracker(), [timesteps[0]] * 100)
+    assert max(t.call for t in infos) == MAX_CALLS_PER_STEP - 1
 
 
 @examples(30)
@@ -242,12 +242,12 @@ def test_after_any_history_an_announced_run_counts_from_zero(lengths: list[int],
         timesteps = torch.arange(length)
         tracker.run_announced(length)
         stop = data.draw(st.integers(1, length))
-        ticks = []
+        infos = []
         for t in timesteps[:stop]:
-            ticks.append(tracker.observe(position_of(t), t, object()))
+            infos.append(tracker.observe(position_of(t), t, object()))
             tracker.step_ended()
-        assert places(ticks) == [(i, 0) for i in range(stop)]
-        assert [t.new_run for t in ticks] == [i == 0 for i in range(stop)]
+        assert places(infos) == [(i, 0) for i in range(stop)]
+        assert [t.new_run for t in infos] == [i == 0 for i in range(stop)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 50])
@@ -267,10 +267,10 @@ def test_a_peek_says_what_the_next_call_turns_out_to_be() -> None:
         for step, t in enumerate(timesteps):
             for call in range(2):
                 sample = object()
-                (tick, told), (again, _) = (tracker.peek(position_of(t), sample) for _ in range(2))
-                assert tick == again == tracker.observe(position_of(t), t, sample)
+                (info, told), (again, _) = (tracker.peek(position_of(t), sample) for _ in range(2))
+                assert info == again == tracker.observe(position_of(t), t, sample)
                 assert told
-                assert (tick.step, tick.call, tick.new_run) == (step, call, step == call == 0)
+                assert (info.step, info.call, info.new_run) == (step, call, step == call == 0)
             tracker.step_ended()
 
 
@@ -278,4 +278,4 @@ def test_a_peek_says_where_no_scheduler_tells_the_step() -> None:
     tracker = StepTracker()
     t, after = torch.arange(90, -1, -10)[:2]
     tracker.observe(position_of(t), t, object())
-    assert tracker.peek(position_of(after), object()) == (Tick(1, 0, 10), False)
+    assert tracker.peek(position_of(after), object()) == (StepInfo(1, 0, 10), False)

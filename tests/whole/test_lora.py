@@ -103,6 +103,7 @@ def test_after_every_change_the_output_is_right_and_recaptures_are_counted(pipe:
 
 
 @pytest.mark.parametrize("prepared", family([True, False], True))
+@thorough
 def test_an_adapter_swapped_while_hot_is_seen_and_prepared_for_it_only_a_new_scale_is_captured(
     pipe: Any, adapters: Path, prepared: bool
 ) -> None:

@@ -126,7 +126,7 @@ def test_recorded_steps_give_what_called_ones_give_to_the_bit(order: int, monkey
     assert set(signature.first_call_seconds) == {"full", "shallow", "shallow_1", "shallow_2"}
 
 
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("recorded", family([False, True], True))
 def test_two_calls_a_step_do_not_mix_their_caches(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", FakeRecorder)
     unet, first, second = (optimized(1, backend="eager", cuda_graphs=recorded) for _ in range(3))

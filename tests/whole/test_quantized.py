@@ -14,13 +14,14 @@ from deepcache_fx.execution import cuda_graphs
 from deepcache_fx.graph.weights import unwrapped
 from tests import models
 from tests.fake_graphs import FakeRecorder
+from tests.families import family, thorough
 from tests.oracles import TO_THE_BIT
 from tests.whole.test_stacking import denoise, difference, make_unet, oracle
 
 CONFIGS = ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Float8WeightOnlyConfig")
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=family(CONFIGS, CONFIGS[0]))
 def unet(request: pytest.FixtureRequest) -> Any:
     return quantized(request.param)
 
@@ -55,7 +56,7 @@ def counts(unet: torch.nn.Module) -> tuple[int, int]:
     return report.captures, report.rebound
 
 
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("recorded", family([False, True], True))
 def test_a_quantised_model_is_moved_after_the_first_call(
     unet: Any, recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +109,7 @@ def test_replaced_quantised_weights_are_bound(unet: Any) -> None:
     assert counts(unet) == (1, 2)
 
 
+@thorough
 def test_weights_quantised_in_another_way_are_captured_anew() -> None:
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     unet = quantized("Int8WeightOnlyConfig")
@@ -129,7 +131,7 @@ def test_what_a_quantised_weight_wraps_is_the_plain_tensors_inside() -> None:
     assert all(type(item) in (torch.Tensor, torch.nn.Parameter) for item in inside)
 
 
-@pytest.mark.thorough
+@thorough
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_quantised_model_is_moved_after_the_first_call(backend: str, unet: Any) -> None:
     torch._dynamo.reset()

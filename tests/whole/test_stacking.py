@@ -102,6 +102,7 @@ def test_int8_weights_of_torchao_before_optimize() -> None:
     check_works(unet)
 
 
+@thorough
 def test_float8_weights_of_torchao_before_optimize() -> None:
     unet = make_unet()
     quantize(unet, "Float8WeightOnlyConfig")

@@ -15,7 +15,7 @@ import deepcache_fx
 from deepcache_fx import DeepCacheError
 from deepcache_fx.controlnet.deferred import DeferredTensor
 from deepcache_fx.execution import cuda_graphs
-from deepcache_fx.runtime.report import CompanionReport
+from deepcache_fx.runtime.report import ControlNetReport
 from tests.fake_graphs import FakeRecorder
 from tests.families import family
 from tests.oracles import REPEATING, TO_THE_BIT, CatOracle, agree, specified
@@ -25,7 +25,7 @@ from tests.whole.test_pipelines import expected, trace
 Residuals = tuple[list[torch.Tensor], torch.Tensor]
 
 
-def companion(pipe: Any) -> CompanionReport:
+def controlnet_runtime(pipe: Any) -> ControlNetReport:
     [found] = deepcache_fx.report(pipe).companions
     return found
 
@@ -33,7 +33,7 @@ def companion(pipe: Any) -> CompanionReport:
 # Pipelines as diffusers has them. To the bit, with counts of the UNet: tests/whole/test_pipelines.py.
 
 
-@pytest.mark.parametrize("options", [TO_THE_BIT, REPEATING], ids=["bit", "default"])
+@pytest.mark.parametrize("options", family([TO_THE_BIT, REPEATING], TO_THE_BIT), ids=["bit", "default"])
 @pytest.mark.parametrize(
     "name",
     family(
@@ -48,7 +48,7 @@ def test_a_controlnet_follows_the_schedule_of_its_unet(name: str, options: dict[
     deepcache_fx.optimize(case.pipe, 3, **options)
     for run, wanted in zip(case.runs, oracle, strict=True):
         assert agree(case(run), wanted, options)
-        found, due = companion(case.pipe), trace(run)
+        found, due = controlnet_runtime(case.pipe), trace(run)
         assert found.last_run == due
         [signature] = found.signatures
         assert signature.shallow_macs is not None
@@ -74,12 +74,12 @@ def test_guess_mode_runs_it_whole_and_says_why() -> None:
     for run, wanted in zip(case.runs, oracle, strict=True):
         assert torch.equal(case(run), wanted)
         assert deepcache_fx.report(case.pipe).last_run == trace(run)
-        traces.append(companion(case.pipe).last_run)
+        traces.append(controlnet_runtime(case.pipe).last_run)
     assert traces == ["FFFFFF", "FssFs", "FFFFFFF"]
-    [(reason, count)] = companion(case.pipe).kept_full.items()
+    [(reason, count)] = controlnet_runtime(case.pipe).kept_full.items()
     assert "guess mode" in reason
     assert count == 4 + 4
-    assert companion(case.pipe).completed_calls == 0
+    assert controlnet_runtime(case.pipe).completed_calls == 0
 
 
 def test_a_forecast_of_the_deep_feature_changes_nothing_for_it() -> None:
@@ -89,7 +89,7 @@ def test_a_forecast_of_the_deep_feature_changes_nothing_for_it() -> None:
     deepcache_fx.optimize(alone.pipe.unet, 3, **{**TO_THE_BIT, "forecast": 1})
     for run in case.runs:
         assert torch.equal(case(run), alone(run))
-    assert companion(case.pipe).shallow_calls == 13
+    assert controlnet_runtime(case.pipe).shallow_calls == 13
     assert type(alone.pipe.controlnet) is ControlNetModel
 
 
@@ -100,8 +100,8 @@ def test_a_deeper_branch_reads_more_residuals() -> None:
         wanted = case(run)
     deepcache_fx.optimize(case.pipe, 3, branch=2, **TO_THE_BIT)
     assert torch.equal(case(run), wanted)
-    [signature] = companion(case.pipe).signatures
-    assert companion(case.pipe).last_run == "FssFssF"
+    [signature] = controlnet_runtime(case.pipe).signatures
+    assert controlnet_runtime(case.pipe).last_run == "FssFssF"
     assert signature.shallow_residuals == 3
 
 
@@ -160,7 +160,7 @@ def plain(full_calls: set[int], *args: Any, **kwargs: Any) -> torch.Tensor:
         return denoise(_PLAIN, *args, **kwargs)
 
 
-def made_since(before: CompanionReport, after: CompanionReport) -> dict[str, int]:
+def made_since(before: ControlNetReport, after: ControlNetReport) -> dict[str, int]:
     return {k: v - before.kept_full.get(k, 0) for k, v in after.kept_full.items() if v != before.kept_full.get(k, 0)}
 
 
@@ -174,7 +174,7 @@ def test_what_a_shallow_step_leaves_out_is_deferred(pipe: Any) -> None:
     assert torch.equal(denoise(pipe, note), plain({0, 3, 6}))
     whole, little = [False] * 5, [False, *[True] * 4]
     assert seen == [whole, little, little, whole, little, little, whole]
-    assert companion(pipe).last_run == "FssFssF"
+    assert controlnet_runtime(pipe).last_run == "FssFssF"
 
 
 def test_a_step_forced_full_by_its_inputs_gets_every_residual(pipe: Any) -> None:
@@ -188,7 +188,7 @@ def test_a_step_forced_full_by_its_inputs_gets_every_residual(pipe: Any) -> None
 
     assert torch.equal(denoise(pipe, text_of=shorter), plain({0, 1, 3, 6}, text_of=shorter))
     assert deepcache_fx.report(pipe).last_run == "FFsFssF"
-    assert companion(pipe).last_run == "FcsFssF"
+    assert controlnet_runtime(pipe).last_run == "FcsFssF"
 
 
 def test_a_run_forgotten_between_the_two_gets_every_residual(pipe: Any) -> None:
@@ -197,11 +197,11 @@ def test_a_run_forgotten_between_the_two_gets_every_residual(pipe: Any) -> None:
             deepcache_fx.reset(pipe)
         return down, mid
 
-    before = companion(pipe).completed_calls
+    before = controlnet_runtime(pipe).completed_calls
     assert torch.equal(denoise(pipe, forget), plain({0, 1, 4}))
-    assert companion(pipe).completed_calls == before + 1
+    assert controlnet_runtime(pipe).completed_calls == before + 1
     assert torch.equal(denoise(pipe), plain({0, 3, 6}))
-    assert companion(pipe).last_run == "FssFssF"
+    assert controlnet_runtime(pipe).last_run == "FssFssF"
 
 
 def test_the_models_own_forward_gets_every_residual(pipe: Any) -> None:
@@ -217,7 +217,7 @@ def test_the_models_own_forward_gets_every_residual(pipe: Any) -> None:
 
         return forward
 
-    calls, before = 0, companion(pipe).completed_calls
+    calls, before = 0, controlnet_runtime(pipe).completed_calls
     pipe.unet.forward = with_gradients(pipe.unet)
     try:
         with pytest.warns(UserWarning, match="gradients"):
@@ -225,7 +225,7 @@ def test_the_models_own_forward_gets_every_residual(pipe: Any) -> None:
     finally:
         del pipe.unet.forward
     assert torch.equal(found, plain({0, 1, 2, 5}))
-    assert companion(pipe).completed_calls == before + 1
+    assert controlnet_runtime(pipe).completed_calls == before + 1
 
 
 def swapped(step: int, down: list[torch.Tensor], mid: torch.Tensor, x: torch.Tensor) -> Residuals:
@@ -238,12 +238,12 @@ def test_residuals_given_elsewhere_in_shallow_steps_alone_are_computed_where_the
 
     assert not torch.equal(plain({0, 3, 6}, between), plain({0, 3, 6}))
     assert torch.equal(denoise(pipe, between), plain({0, 3, 6}, between))
-    assert companion(pipe).last_run == "FccFccF"
+    assert controlnet_runtime(pipe).last_run == "FccFccF"
 
 
 def test_residuals_given_elsewhere_at_every_step_are_followed(pipe: Any) -> None:
     assert torch.equal(denoise(pipe, swapped), plain({0, 3, 6}, swapped))
-    assert companion(pipe).last_run == "FssFssF"
+    assert controlnet_runtime(pipe).last_run == "FssFssF"
 
 
 def weaker(step: int, down: list[torch.Tensor], mid: torch.Tensor, x: torch.Tensor) -> Residuals:
@@ -251,10 +251,10 @@ def weaker(step: int, down: list[torch.Tensor], mid: torch.Tensor, x: torch.Tens
 
 
 def test_residuals_that_the_pipeline_makes_others_of_are_all_computed(pipe: Any) -> None:
-    before = companion(pipe)
+    before = controlnet_runtime(pipe)
     assert torch.equal(denoise(pipe, weaker), plain({0, 3, 6}, weaker))
-    assert companion(pipe).last_run == "FFFFFFF"
-    [(reason, count)] = made_since(before, companion(pipe)).items()
+    assert controlnet_runtime(pipe).last_run == "FFFFFFF"
+    [(reason, count)] = made_since(before, controlnet_runtime(pipe)).items()
     assert "other tensors" in reason
     assert count == 4
 
@@ -266,13 +266,13 @@ def test_a_pipeline_that_looks_at_residuals_in_shallow_steps_is_found_out_once(p
         seen.append(float(mid.abs().sum()))
         return down, mid
 
-    before = companion(pipe)
+    before = controlnet_runtime(pipe)
     found, values = denoise(pipe, look), list(seen)
     seen.clear()
     assert torch.equal(found, plain({0, 3, 6}, look))
     assert values == seen
-    assert companion(pipe).last_run == "FcFFFFF"
-    assert list(made_since(before, companion(pipe)).values()) == [3]
+    assert controlnet_runtime(pipe).last_run == "FcFFFFF"
+    assert list(made_since(before, controlnet_runtime(pipe)).values()) == [3]
 
 
 def test_changes_in_place_reach_a_step_that_is_forced_full(pipe: Any) -> None:
@@ -377,7 +377,7 @@ def test_a_run_interrupted_between_the_two_leaves_nothing_behind(pipe: Any, step
     with pytest.raises(KeyboardInterrupt):
         denoise(pipe, interrupt, seed=5)
     assert torch.equal(denoise(pipe), plain({0, 3, 6}))
-    assert companion(pipe).last_run == "FssFssF"
+    assert controlnet_runtime(pipe).last_run == "FssFssF"
 
 
 @pytest.mark.parametrize("order", ["CUCU", "CCUU"])
@@ -403,7 +403,7 @@ def test_guidance_as_two_calls_has_residuals_for_each(pipe: Any, order: str) -> 
         return latents
 
     assert torch.equal(two_calls(pipe), oracle_of_two_calls(two_calls))
-    assert deepcache_fx.report(pipe).last_run == companion(pipe).last_run == "FFssssFFss"
+    assert deepcache_fx.report(pipe).last_run == controlnet_runtime(pipe).last_run == "FFssssFFss"
 
 
 def oracle_of_two_calls(run: Callable[[Any], torch.Tensor]) -> torch.Tensor:
@@ -430,7 +430,7 @@ def test_threads_that_take_turns_keep_to_their_own(pipe: Any) -> None:
 
     def run(seed: int) -> None:
         found[seed] = denoise(pipe, seed=seed, turn=lambda: barrier.wait(60))
-        traces[seed] = companion(pipe).last_run
+        traces[seed] = controlnet_runtime(pipe).last_run
 
     threads = [threading.Thread(target=run, args=(seed,)) for seed in wanted]
     for thread in threads:
@@ -453,18 +453,18 @@ def test_inference_mode_is_as_good(pipe: Any) -> None:
 
     with torch.inference_mode():
         assert torch.equal(denoise(pipe), plain({0, 3, 6}))
-        assert companion(pipe).last_run == "FssFssF"
+        assert controlnet_runtime(pipe).last_run == "FssFssF"
         assert torch.equal(denoise(pipe, forget), plain({0, 3, 4}))
 
 
 def test_a_weight_changed_in_place_between_runs_is_seen(pipe: Any) -> None:
-    captures = companion(pipe).captures
+    captures = controlnet_runtime(pipe).captures
     with torch.no_grad():
         for network in (pipe.controlnet, _PLAIN.controlnet):
             network.controlnet_down_blocks[0].weight.mul_(1.25)
             network.controlnet_cond_embedding.conv_in.weight.mul_(0.75)
     assert torch.equal(denoise(pipe), plain({0, 3, 6}))
-    assert companion(pipe).captures == captures
+    assert controlnet_runtime(pipe).captures == captures
 
 
 def test_the_report_says_what_was_saved(pipe: Any) -> None:
@@ -519,7 +519,7 @@ def test_a_network_that_cannot_be_captured_runs_as_it_is() -> None:
         found = case(case.runs[0])
     with specified(alone.pipe, {0, 3, 6}, 0):
         assert torch.equal(found, alone(alone.runs[0]))
-    report = companion(case.pipe)
+    report = controlnet_runtime(case.pipe)
     assert (report.original_calls, report.full_calls, report.captures) == (7, 0, 0)
     assert "could not be captured" in str(deepcache_fx.report(case.pipe))
     assert deepcache_fx.report(case.pipe).last_run == "FssFssF"
@@ -532,7 +532,7 @@ def test_a_network_that_takes_no_picture_is_left_alone() -> None:
     case.pipe.controlnet.__class__ = Unnamed
     deepcache_fx.optimize(case.pipe, 3, **TO_THE_BIT)
     assert type(case.pipe.controlnet) is Unnamed
-    assert companion(case.pipe).refused == "its forward takes no controlnet_cond"
+    assert controlnet_runtime(case.pipe).refused == "its forward takes no controlnet_cond"
     assert "Unnamed is left as it is" in str(deepcache_fx.report(case.pipe))
 
 
@@ -540,7 +540,7 @@ def test_a_compiled_network_is_left_alone() -> None:
     case = one_controlnet()
     case.pipe.controlnet.compile(backend="eager")
     deepcache_fx.optimize(case.pipe, 3, **TO_THE_BIT)
-    assert "compile() was called" in str(companion(case.pipe).refused)
+    assert "compile() was called" in str(controlnet_runtime(case.pipe).refused)
 
 
 # Recorded graphs.
@@ -566,11 +566,11 @@ def test_recorded_graphs_give_what_called_ones_give(monkeypatch: pytest.MonkeyPa
 
     for seed in (0, 1):
         assert torch.equal(denoise(recorded, seed=seed), denoise(called, seed=seed))
-        assert companion(recorded).last_run == "FssFssF"
+        assert controlnet_runtime(recorded).last_run == "FssFssF"
         assert torch.equal(denoise(recorded, forget(recorded)), denoise(called, forget(called)))
     [recorder] = recorders
     assert len(recorder.graphs) == 4  # two of each network
-    assert [item.cuda_graphs for item in companion(recorded).signatures] == ["recorded"]
+    assert [item.cuda_graphs for item in controlnet_runtime(recorded).signatures] == ["recorded"]
 
 
 def test_the_small_controlnet_is_alive() -> None:

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from deepcache_fx.execution.cuda_graphs import Recorder, Recording, RecordingError, Run, first_line
-from deepcache_fx.execution.programs import Called, DeepFeature, History, Values
+from deepcache_fx.execution.programs import DirectPrograms, FeatureCache, History, Values
 from deepcache_fx.graph.capture import CAPTURE_LOCK
 from deepcache_fx.graph.forecast import coefficients
 
@@ -96,7 +96,7 @@ class _Graph:
     """Of the weights, when it was recorded."""
 
 
-class Recorded:
+class CudaGraphPrograms:
     """The programs of one signature as CUDA graphs (see the module's first lines).
 
     Args:
@@ -109,7 +109,7 @@ class Recorded:
 
     def __init__(
         self,
-        called: Called,
+        called: DirectPrograms,
         recorder: Recorder,
         weights: Mapping[str, Iterable[torch.Tensor]],
         cache: Sequence[Sequence[torch.Tensor]],
@@ -130,7 +130,7 @@ class Recorded:
         """By cut, the weights that were written last."""
         self._cache: tuple[History, ...] = ()
         """Of every cut."""
-        self._resident: Callable[[], DeepFeature | None] = _nobody
+        self._resident: Callable[[], FeatureCache | None] = _nobody
         self._failure: str | None = None
         self._moves = 0
 
@@ -139,8 +139,8 @@ class Recorded:
         return self._called.first_call_seconds
 
     def full(
-        self, step: int, tensors: Sequence[torch.Tensor], prompt: Values = (), before: DeepFeature | None = None
-    ) -> tuple[Sequence[Any], DeepFeature]:
+        self, step: int, tensors: Sequence[torch.Tensor], prompt: Values = (), before: FeatureCache | None = None
+    ) -> tuple[Sequence[Any], FeatureCache]:
         order = self._called.order
         before = before if order else None
         with self._recorder.lock:
@@ -159,12 +159,12 @@ class Recorded:
             for newest, *older in self._cache:
                 for values in older:  # else they would hold another feature's values: zero times NaN is NaN
                     _copy(newest, values)
-            feature = DeepFeature(self._called.first_refresh(step), None)
+            feature = FeatureCache(self._called.first_refresh(step), None)
             self._resident = weakref.ref(feature)
             return _cloned(recording.outputs), feature
 
     def shallow(
-        self, step: int, tensors: Sequence[torch.Tensor], feature: DeepFeature, prompt: Values = (), cut: int = 0
+        self, step: int, tensors: Sequence[torch.Tensor], feature: FeatureCache, prompt: Values = (), cut: int = 0
     ) -> Sequence[Any]:
         name = self._called.cuts[cut].name
         with self._recorder.lock:
@@ -298,7 +298,7 @@ class Recorded:
             )
         self._resident = _nobody
 
-    def _move_in(self, feature: DeepFeature) -> None:
+    def _move_in(self, feature: FeatureCache) -> None:
         """Let the buffers hold a deep feature, if they do not yet."""
         if feature.values is not None:
             self._move_out()
@@ -310,7 +310,7 @@ class Recorded:
             self._resident = weakref.ref(feature)
         assert self._resident() is feature
 
-    def _give_memory(self, feature: DeepFeature | None) -> None:
+    def _give_memory(self, feature: FeatureCache | None) -> None:
         """Let a deep feature have memory of its own, fit to be read on the current stream."""
         if feature is None:
             return
@@ -320,7 +320,7 @@ class Recorded:
             self._recorder.keep(value)
 
 
-def _all_values(feature: DeepFeature) -> Iterator[torch.Tensor]:
+def _all_values(feature: FeatureCache) -> Iterator[torch.Tensor]:
     return chain.from_iterable(chain.from_iterable(feature.values or ()))
 
 

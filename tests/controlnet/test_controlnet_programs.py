@@ -10,8 +10,8 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import fx
 
-from deepcache_fx.controlnet.companion_programs import CompanionEntry, assemble_companion
 from deepcache_fx.controlnet.conditioning import ConditioningReader
+from deepcache_fx.controlnet.controlnet_programs import ControlNetEntry, assemble_controlnet
 from deepcache_fx.graph.capture import capture
 from deepcache_fx.graph.pass_order import apply_passes
 from deepcache_fx.graph.signature import Call, CallReader
@@ -19,7 +19,7 @@ from deepcache_fx.graph.skips import find_skip_connections, pick_branch
 from deepcache_fx.graph.split import RATES, split
 from deepcache_fx.options import Options
 from deepcache_fx.planning.presets import preset
-from deepcache_fx.runtime.pairing import Handed, pair
+from deepcache_fx.runtime.pairing import PrecomputedInputs, pair
 from tests.families import thorough
 from tests.pipelines import controlnet
 
@@ -40,9 +40,9 @@ def inputs(**changes: Any) -> dict[str, Any]:
     return {**values, **changes}
 
 
-def made(network: ControlNetModel, options: Options = OPTIONS, **changes: Any) -> tuple[CompanionEntry, Call]:
+def made(network: ControlNetModel, options: Options = OPTIONS, **changes: Any) -> tuple[ControlNetEntry, Call]:
     call = READER.read(network, (), inputs(**changes))
-    return assemble_companion(capture(network, call, READER), call, options, {}), call
+    return assemble_controlnet(capture(network, call, READER), call, options, {}), call
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_shallow_step_of_the_sd15_controlnet_is_a_third_of_a_percent() -> None
     given = {**chosen.inputs(unet), "return_dict": False}
     picture = torch.empty(2, 3, 512, 512, device="meta")
     call = READER.read_example(network, {**given, "controlnet_cond": picture})
-    entry = assemble_companion(capture(network, call, READER), call, OPTIONS, {})
+    entry = assemble_controlnet(capture(network, call, READER), call, OPTIONS, {})
     residuals = [
         torch.empty(node.meta["val"].shape, device="meta") for node in entry.staged.graph.output_node().args[0]
     ]
@@ -132,7 +132,7 @@ def test_a_shallow_step_of_the_sd15_controlnet_is_a_third_of_a_percent() -> None
     captured, _ = apply_passes(capture(unet, whole, reader), OPTIONS)
     branch = pick_branch(find_skip_connections(captured.graph.graph), 0, "")
     variants = split(captured, branch, rates=RATES, prompt_inputs=whole.prompt_inputs)
-    pairing = pair(Handed(entry, tuple(residuals)), whole.tensors, whole.tensors, variants.cuts[0].reads())
+    pairing = pair(PrecomputedInputs(entry, tuple(residuals)), whole.tensors, whole.tensors, variants.cuts[0].reads())
     assert pairing is not None
     assert (pairing.read, len(residuals)) == ({0}, 13)
     shallow = entry.step_for(pairing.read).macs

@@ -52,8 +52,8 @@ class Step:
 
 
 @dataclass
-class CompanionEntry:
-    """One signature of a companion."""
+class ControlNetEntry:
+    """One signature of a ControlNet."""
 
     captured: Captured
     device: torch.device
@@ -110,7 +110,7 @@ class CompanionEntry:
         """True where something else than these graphs may hold the values of weights."""
         return self.full.compiled.copies_weights
 
-    def renewed(self, others: Collection[torch.Tensor]) -> CompanionEntry:
+    def renewed(self, others: Collection[torch.Tensor]) -> ControlNetEntry:
         """The entry of the same graphs over other weights (see `Entry.renewed`)."""
         renewed = replace(self, stage=prompt_stage(self.variant))
         renewed.full = self.full.renewed(others)
@@ -136,9 +136,9 @@ class CompanionEntry:
         return step
 
 
-def assemble_companion(
+def assemble_controlnet(
     captured: Captured, call: Call, options: Options, recorders: MutableMapping[torch.device, Recorder]
-) -> CompanionEntry:
+) -> ControlNetEntry:
     """Make the programs of a captured call of a ControlNet. The user's passes are for the UNet: they are left out.
 
     Raises:
@@ -151,7 +151,7 @@ def assemble_companion(
     captured, records = apply_passes(captured, options)
     variant = in_stages(captured.graph, call.prompt_inputs if options.uses("prompt_rate") else ())
     inputs = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors)
-    entry = CompanionEntry(
+    entry = ControlNetEntry(
         captured=captured,
         device=call.sample.device,
         why_not_recorded=why_not_recorded(options, call),

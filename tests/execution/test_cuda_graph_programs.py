@@ -13,8 +13,7 @@ import torch
 
 import deepcache_fx
 from deepcache_fx import DeepCacheError
-from deepcache_fx.execution import cuda_graphs
-from deepcache_fx.execution import recorded as recorded_module
+from deepcache_fx.execution import cuda_graph_programs, cuda_graphs
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
 from tests.families import family
@@ -44,6 +43,10 @@ def recorded(**options: Any) -> CompVisUNet:
 
 def says(unet: torch.nn.Module) -> list[str]:
     return [item.cuda_graphs for item in deepcache_fx.report(unet).signatures]
+
+
+def one_call_a_step(unet: torch.nn.Module) -> torch.Tensor:
+    return denoise(unet, TIMESTEPS)
 
 
 @torch.no_grad()
@@ -137,7 +140,7 @@ def test_an_unchanged_prompt_is_not_copied_again_and_a_changed_one_is() -> None:
     context = torch.randn(2, 3, 6)
     copies: list[torch.Size] = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Follower(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.aten.copy_.default:
                 copies.append(args[1].shape)
@@ -151,7 +154,7 @@ def test_an_unchanged_prompt_is_not_copied_again_and_a_changed_one_is() -> None:
                 assert torch.equal(unet(*arguments), expected)
                 return
             copies.clear()
-            with Watch():
+            with Follower():
                 actual = unet(*arguments)
             assert torch.equal(actual, expected)
 
@@ -224,7 +227,7 @@ def test_new_parameters_drop_the_old_graphs(recorders: list[FakeRecorder]) -> No
 # What cannot be recorded.
 
 
-@pytest.mark.parametrize("run", [lambda unet: denoise(unet, TIMESTEPS), two_calls_a_step], ids=["one", "two"])
+@pytest.mark.parametrize("run", family([one_call_a_step, two_calls_a_step], two_calls_a_step))
 @pytest.mark.parametrize(("fail", "name"), [(["no luck"], "full"), (["", "out of memory"], "shallow")])
 def test_a_variant_that_cannot_be_recorded_is_called_and_the_report_says_why(
     recorders: list[FakeRecorder],
@@ -254,7 +257,7 @@ def test_out_of_memory_for_the_buffers_leaves_called_programs(monkeypatch: pytes
         raise torch.OutOfMemoryError("tried to allocate")
 
     with monkeypatch.context() as patch:
-        patch.setattr(recorded_module, "_Input", no_memory)
+        patch.setattr(cuda_graph_programs, "_Input", no_memory)
         denoise(unet, TIMESTEPS[:2])
     assert torch.equal(denoise(unet, TIMESTEPS), expected)
     assert says(unet) == ["not recorded: buffers: OutOfMemoryError: tried to allocate"]

@@ -1,8 +1,8 @@
 """Runs the ControlNet of a pipeline whose UNet is optimised: all of it in full steps, next to nothing in shallow ones.
 
-A shallow step of the UNet reads few of a ControlNet's residuals, at branch 0 the first. The companion learns which at a
-full step: the UNet's runtime finds the very tensors that the companion returned among its inputs. From then on, where
-the UNet's next call is going to be shallow, the companion computes those alone and returns deferred tensors for the
+A shallow step of the UNet reads few of a ControlNet's residuals, at branch 0 the first. Which, a full step shows: the
+UNet's runtime finds the very tensors that the ControlNet returned among its inputs. From then on, where the UNet's next
+call is going to be shallow, the ControlNet's runtime computes those alone and returns deferred tensors for the
 others (see `deferred`). That a step turns out full after all, that a pipeline looks at a residual or makes another
 tensor of it: all of this costs the time of a full ControlNet call, and never gives another value.
 """
@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from deepcache_fx.controlnet.companion_programs import CompanionEntry, assemble_companion
 from deepcache_fx.controlnet.conditioning import CONDITION, ConditioningReader
+from deepcache_fx.controlnet.controlnet_programs import ControlNetEntry, assemble_controlnet
 from deepcache_fx.controlnet.deferred import Deferral, DeferredTensor
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.execution.programs import PromptValues, Values
@@ -30,8 +30,8 @@ from deepcache_fx.graph.signature import Call, UnsupportedInput
 from deepcache_fx.guards.fingerprint import Settings
 from deepcache_fx.guards.model_state import ModelState
 from deepcache_fx.runtime.captures import Captures
-from deepcache_fx.runtime.pairing import Coming, Handed
-from deepcache_fx.runtime.report import CompanionCapture, CompanionReport
+from deepcache_fx.runtime.pairing import PrecomputedInputs, UpcomingCall
+from deepcache_fx.runtime.report import ControlNetCapture, ControlNetReport
 from deepcache_fx.runtime.runtime import Runtime, why_original
 
 _FAILURES_KEPT = 64
@@ -58,7 +58,7 @@ class _ThreadState(threading.local):
         self.run = _Run(number)
 
 
-class Companion:
+class ControlNetRuntime:
     """Runs one ControlNet for one optimised UNet. The ControlNet's class holds this, and this neither of the two."""
 
     def __init__(self, model_class: type[torch.nn.Module], runtime: Runtime) -> None:
@@ -68,15 +68,15 @@ class Companion:
         self._options = runtime.options
         self._runtime = weakref.ref(runtime)
         self._recorders = runtime.recorders
-        self._entries: Captures[CompanionEntry] = Captures(self._options.max_captures)
+        self._entries: Captures[ControlNetEntry] = Captures(self._options.max_captures)
         self._failures: dict[Hashable, str] = {}
         self._state = _ThreadState()
         self._full = self._shallow = self._completed = 0
         self._kept_full: Counter[str] = Counter()
         self._original_calls: Counter[str] = Counter()
 
-    def adopt(self, before: Companion) -> None:
-        """Take over the programs of another companion of the same ControlNet."""
+    def adopt(self, before: ControlNetRuntime) -> None:
+        """Take over the programs of another runtime of the same ControlNet."""
         self._entries = before._entries
 
     def runtime(self) -> Runtime | None:
@@ -95,31 +95,33 @@ class Companion:
             call = self.reader.read(module, args, kwargs)
         except UnsupportedInput as error:
             return self._original(str(error), module, args, kwargs)
-        coming = runtime.coming(call)
-        if coming.run != self._state.run.number:
-            self._state.begin(coming.run)
+        upcoming = runtime.upcoming_call(call)
+        if upcoming.run != self._state.run.number:
+            self._state.begin(upcoming.run)
         run = self._state.run
         with torch.no_grad():
-            thorough = coming.begins_run or not run.trace
-            entry = self._entry(module, call, self.model_state.settings(module, call.sample.device, thorough=thorough))
-            if isinstance(entry, CompanionEntry):
-                leaves = self._leaves(entry, call, coming, run)
-                runtime.hand(coming.call, Handed(entry, leaves))
+            at_run_start = upcoming.begins_run or not run.trace
+            entry = self._entry(
+                module, call, self.model_state.settings(module, call.sample.device, at_run_start=at_run_start)
+            )
+            if isinstance(entry, ControlNetEntry):
+                leaves = self._leaves(entry, call, upcoming, run)
+                runtime.expect_inputs(upcoming.call, PrecomputedInputs(entry, leaves))
                 return entry.captured.outputs(leaves)
         return self._original(entry, module, args, kwargs)
 
-    def _leaves(self, entry: CompanionEntry, call: Call, coming: Coming, run: _Run) -> tuple[Any, ...]:
+    def _leaves(self, entry: ControlNetEntry, call: Call, upcoming: UpcomingCall, run: _Run) -> tuple[Any, ...]:
         prompt: Values = ()
         if entry.stage is not None:
-            before = run.prompts.get(coming.call)
-            known = run.prompts[coming.call] = entry.stage(call.tensors, before)
+            before = run.prompts.get(upcoming.call)
+            known = run.prompts[upcoming.call] = entry.stage(call.tensors, before)
             prompt = known.values
             run.computed_macs += 0 if known is before else entry.prompt_macs
         run.plain_macs += entry.plain_macs
-        reason = _why_full(entry, coming, run)
-        if coming.is_shallow and reason is None:
-            assert coming.pairing is not None
-            return self._shallow_leaves(entry, call, coming.pairing.read, coming.pairing.unread, prompt, run)
+        reason = _why_full(entry, upcoming, run)
+        if upcoming.is_shallow and reason is None:
+            assert upcoming.pairing is not None
+            return self._shallow_leaves(entry, call, upcoming.pairing.read, upcoming.pairing.unread, prompt, run)
         if reason is not None:
             self._kept_full[reason] += 1
         self._full += 1
@@ -129,7 +131,7 @@ class Companion:
 
     def _shallow_leaves(
         self,
-        entry: CompanionEntry,
+        entry: ControlNetEntry,
         call: Call,
         read: frozenset[int],
         like: Mapping[int, torch.Tensor],
@@ -149,7 +151,7 @@ class Companion:
 
     def _complete(
         self,
-        entry: CompanionEntry,
+        entry: ControlNetEntry,
         inputs: Values,
         stamps: Sequence[int],
         prompt: Values,
@@ -185,7 +187,7 @@ class Companion:
 
     # Capturing.
 
-    def _entry(self, module: torch.nn.Module, call: Call, settings: Settings) -> CompanionEntry | str:
+    def _entry(self, module: torch.nn.Module, call: Call, settings: Settings) -> ControlNetEntry | str:
         """The programs for calls like this one, or why there are none."""
         key = (settings.structure, call.key)
         failure = self._failures.get(key)
@@ -199,20 +201,20 @@ class Companion:
             self._failures[key] = str(error)
             return str(error)
 
-    def _make_entry(self, module: torch.nn.Module, call: Call) -> CompanionEntry:
+    def _make_entry(self, module: torch.nn.Module, call: Call) -> ControlNetEntry:
         started = time.perf_counter()
         refuse_layerwise_offload(module, call.sample.device)
         with self.model_state.watching(module, call.objects()) as watched:
             captured = capture(module, call, self.reader, self.model_class)
             watched.captured(captured.graph)
-        entry = assemble_companion(captured, call, self._options, self._recorders)
+        entry = assemble_controlnet(captured, call, self._options, self._recorders)
         entry.seconds = time.perf_counter() - started
         return entry
 
-    def report(self) -> CompanionReport:
+    def report(self) -> ControlNetReport:
         """The totals so far, and the last run of the calling thread."""
         run = self._state.run
-        return CompanionReport(
+        return ControlNetReport(
             model=self.model_class.__name__,
             captures=self._entries.made,
             rebound=self._entries.rebound,
@@ -226,7 +228,7 @@ class Companion:
             last_run_macs=run.computed_macs,
             last_run_macs_saved=run.plain_macs - run.computed_macs,
             signatures=tuple(
-                CompanionCapture(
+                ControlNetCapture(
                     inputs=entry.inputs,
                     full_macs=entry.full.macs,
                     shallow_macs=max((step.macs for step in entry.shallow.values()), default=None),
@@ -242,58 +244,58 @@ class Companion:
         )
 
 
-def _why_full(entry: CompanionEntry, coming: Coming, run: _Run) -> str | None:
+def _why_full(entry: ControlNetEntry, upcoming: UpcomingCall, run: _Run) -> str | None:
     """Why everything is computed though the UNet's step is going to be shallow, or nobody can tell; None else."""
-    if not coming.is_told:
+    if not upcoming.is_told:
         return "no scheduler tells which step a call belongs to"
-    if not coming.is_shallow:
+    if not upcoming.is_shallow:
         return None
-    if coming.pairing is None:
+    if upcoming.pairing is None:
         return "at the last full step the UNet was given other tensors (guess mode joins residuals and zeros)"
-    if coming.pairing.source is not entry:
+    if upcoming.pairing.source is not entry:
         return "inputs changed shape or type within a run"
     if run.read_by_pipeline:
         return "the pipeline reads residuals that the UNet does not"
-    return None if coming.pairing.unread else "the UNet's shallow step reads every residual"
+    return None if upcoming.pairing.unread else "the UNet's shallow step reads every residual"
 
 
 def _stamps(tensors: Values) -> Sequence[int]:
     return [0 if t.is_inference() else t._version for t in tensors]
 
 
-class Companions:
-    """What answers a ControlNet's calls: a companion for each UNet that it is used with."""
+class ControlNetRuntimes:
+    """What answers a ControlNet's calls: a runtime for each UNet that it is used with."""
 
     def __init__(self, model_class: type[torch.nn.Module]) -> None:
         self._model_class = model_class
-        self._each: list[Companion] = []
+        self._each: list[ControlNetRuntime] = []
 
-    def __contains__(self, companion: object) -> bool:
-        return companion in self._each
+    def __contains__(self, controlnet_runtime: object) -> bool:
+        return controlnet_runtime in self._each
 
     def __len__(self) -> int:
         return len(self._each)
 
-    def add(self, companion: Companion) -> None:
-        self._each = [known for known in self._each if known.runtime() is not None] + [companion]
+    def add(self, controlnet_runtime: ControlNetRuntime) -> None:
+        self._each = [known for known in self._each if known.runtime() is not None] + [controlnet_runtime]
 
-    def remove(self, companion: Companion) -> None:
-        self._each = [known for known in self._each if known is not companion and known.runtime() is not None]
+    def remove(self, controlnet_runtime: ControlNetRuntime) -> None:
+        self._each = [known for known in self._each if known is not controlnet_runtime and known.runtime() is not None]
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """By the companion of the UNet that is running: the one whose scheduler was last heard of."""
-        found: Companion | None = None
+        """By the runtime that belongs to the UNet that is running: the one whose scheduler was last heard of."""
+        found: ControlNetRuntime | None = None
         latest = -1
-        for companion in self._each:
-            runtime = companion.runtime()
+        for controlnet_runtime in self._each:
+            runtime = controlnet_runtime.runtime()
             if runtime is not None and runtime.last_heard() > latest:
-                found, latest = companion, runtime.last_heard()
+                found, latest = controlnet_runtime, runtime.last_heard()
         if found is None:
             return self._model_class.forward(module, *args, **kwargs)
         return found(module, args, kwargs)
 
 
-def why_not_accompanied(model_class: type[torch.nn.Module]) -> str | None:
+def why_controlnet_runs_alone(model_class: type[torch.nn.Module]) -> str | None:
     """Why a network is left alone, or None."""
     try:
         takes = ConditioningReader(model_class.forward).takes_condition
