@@ -64,8 +64,8 @@ def measure(model: str, rounds: int) -> Row:
         model,
         len(modules),
         attributes=sum(len(vars(module)) for module in modules),
-        call=_look(lambda: kept.known(unet, thorough=False), rounds),
-        run=_look(lambda: kept.known(unet, thorough=True), rounds),
+        call=_look(lambda: kept.known(unet, at_run_start=False), rounds),
+        run=_look(lambda: kept.known(unet, at_run_start=True), rounds),
         read=_look(lambda: fingerprint(unet), rounds),
     )
 

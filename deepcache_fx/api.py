@@ -156,7 +156,7 @@ def restore(target: T) -> T:
     module, _ = _resolve(target)
     runtime = runtime_of(module)
     if runtime is not None:
-        runtime.stop_watching()
+        runtime.stop_following()
         detach(module)
         runtime.model_state.restore()
     return target

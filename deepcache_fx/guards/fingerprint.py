@@ -15,7 +15,7 @@ import torch
 
 from deepcache_fx.graph.identity import Same as Same
 from deepcache_fx.graph.weights import inner_names
-from deepcache_fx.guards.reached_code import is_library
+from deepcache_fx.guards.namespaces import is_library
 from deepcache_fx.guards.unchanged import IdentitySnapshot
 
 NOT_STATE = frozenset(

@@ -13,37 +13,24 @@ import threading
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-LIBRARIES = frozenset(
-    {
-        *sys.stdlib_module_names,
-        "_pytest",
-        "accelerate",
-        "deepcache_fx",
-        "diffusers",
-        "einops",
-        "huggingface_hub",
-        "hypothesis",
-        "numpy",
-        "passes",
-        "peft",
-        "pluggy",
-        "pytest",
-        "safetensors",
-        "torch",
-        "torchao",
-        "torchvision",
-        "transformers",
-        "triton",
-        "xformers",
-    }
+from deepcache_fx.guards.namespaces import (
+    Namespace,
+    arguments,
+    class_attributes,
+    closure,
+    contents,
+    default_arguments,
+    defaults,
+    function_attributes,
+    instance,
+    is_library,
+    variable,
 )
-"""Their own code keeps nothing of a call: only what others put into it is followed."""
 
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 
@@ -51,50 +38,6 @@ _OBJECTS_OF_LIBRARIES = (types.SimpleNamespace, threading.local, argparse.Namesp
 _NO_STATE = (torch.Tensor, torch.dtype, torch.device, torch.Generator, str, bytes, int, float, complex, type(None))
 _DEPTH = 4
 _MANY = 1000
-_DUNDER = ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slots__", "__qualname__")
-
-
-@dataclass(frozen=True)
-class Namespace:
-    """Some names, what they stand for now, and how to change that."""
-
-    label: str
-    """As a sentence about it begins."""
-    key: Hashable
-    """Equal for those that the same code writes into."""
-    items: Callable[[], dict[str, Any]]
-    put: Callable[[str, Any], object]
-    remove: Callable[[str], object]
-
-
-def is_library(name: object) -> bool:
-    """True for the name of a module that is followed no further."""
-    return isinstance(name, str) and name.partition(".")[0] in LIBRARIES
-
-
-def instance(item: Any, skipped: frozenset[str] = frozenset()) -> Namespace:
-    """The attributes of one object, in its dictionary and its slots."""
-    own: dict[str, Any] | None = getattr(item, "__dict__", None)
-    kind: Any = type(item)
-    slots = [name for cls in type(item).__mro__ for name, v in vars(cls).items() if _is_slot(v)]
-
-    def items() -> dict[str, Any]:
-        found = {} if own is None else {name: value for name, value in own.items() if name not in skipped}
-        return found | {name: getattr(item, name) for name in slots if hasattr(item, name)}
-
-    def put(name: str, value: Any) -> None:
-        if name in slots:
-            object.__setattr__(item, name, value)
-        elif own is not None:
-            own[name] = value
-
-    def remove(name: str) -> None:
-        if name in slots or isinstance(item, type):
-            delattr(item, name)
-        elif own is not None:
-            del own[name]
-
-    return Namespace(type(item).__name__, kind, items, put, remove)
 
 
 class Reached:
@@ -131,9 +74,9 @@ class Reached:
         while self._queue:
             self._follow(*self._queue.popleft())
         for label, variables, names in self._globals.values():
-            self.namespaces += [_variable(label, variables, name) for name in names if not hasattr(builtins, name)]
+            self.namespaces += [variable(label, variables, name) for name in names if not hasattr(builtins, name)]
         if given:
-            self.namespaces.append(Namespace("the call", frozenset(self.codes), given.copy, _ignore, _ignore))
+            self.namespaces.append(arguments("the call", frozenset(self.codes), given))
 
     def _add(self, value: Any, depth: int) -> None:
         if not isinstance(value, _NO_STATE) and depth > 0 and id(value) not in self._seen:
@@ -173,7 +116,7 @@ class Reached:
         given = {f"argument {i}": value for i, value in enumerate(partial.args)} | partial.keywords
         code = getattr(partial.func, "__code__", type(partial.func))
         label = f"a partial {getattr(partial.func, '__qualname__', code)}"
-        self.namespaces.append(Namespace(label, (code, "partial"), given.copy, _ignore, _ignore))
+        self.namespaces.append(arguments(label, (code, "partial"), given))
         for value in given.values():
             self._add(value, _DEPTH)
 
@@ -196,26 +139,21 @@ class Reached:
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
         if is_library(function.__globals__.get("__name__")):
             for cell in cells.values():  # of a decorator, as torch.no_grad: the function that it decorates
-                self._others(_contents(cell))
+                self._others(contents(cell))
             self._others(getattr(function, "__wrapped__", None))
             return
         self.codes.add(function.__code__)
-        label = function.__qualname__
         if cells:
-            self.namespaces.append(_closure(function, cells))
+            self.namespaces.append(closure(function, cells))
             for cell in cells.values():
-                self._add(_contents(cell), _DEPTH)
-        defaults = _defaults(function)
-        if any(not isinstance(value, _NO_STATE) for value in defaults.values()):
-            now = functools.partial(_defaults, function)
-            self.namespaces.append(Namespace(f"a default of {label}", function.__code__, now, _ignore, _ignore))
-            for value in defaults.values():
+                self._add(contents(cell), _DEPTH)
+        given = defaults(function).values()
+        if any(not isinstance(value, _NO_STATE) for value in given):
+            self.namespaces.append(default_arguments(function))
+            for value in given:
                 self._add(value, _DEPTH)
-        own = function.__dict__
-        self.namespaces.append(
-            Namespace(f"the function {label}", (function.__code__, "own"), own.copy, own.__setitem__, own.pop)
-        )
-        for value in list(own.values()):
+        self.namespaces.append(function_attributes(function))
+        for value in list(function.__dict__.values()):
             self._add(value, _DEPTH)
         names = {name for code in _with_nested(function.__code__) for name in code.co_names}
         self._module(str(function.__globals__.get("__name__")), function.__globals__, names)
@@ -242,7 +180,7 @@ class Reached:
             if is_library(kind.__module__) or id(kind) in self._classes:
                 continue
             self._classes.add(id(kind))
-            self.namespaces.append(_attributes(kind))
+            self.namespaces.append(class_attributes(kind))
             for value in list(vars(kind).values()):
                 self._add(value, _DEPTH)
 
@@ -253,7 +191,7 @@ class Reached:
                 continue
             if is_library(kind.__module__):
                 self._classes.add(id(kind))
-                self.namespaces.append(_attributes(kind))
+                self.namespaces.append(class_attributes(kind))
                 for value in (*vars(kind).values(), *vars(sys.modules.get(kind.__module__, kind)).values()):
                     self._others(value)
             else:
@@ -270,70 +208,8 @@ class Reached:
             self._add(value, _DEPTH)
 
 
-def _closure(function: types.FunctionType, cells: dict[str, types.CellType]) -> Namespace:
-    def items() -> dict[str, Any]:
-        return {name: cell.cell_contents for name, cell in cells.items() if not _is_empty(cell)}
-
-    def put(name: str, value: Any) -> None:
-        cells[name].cell_contents = value
-
-    def remove(name: str) -> None:
-        del cells[name].cell_contents
-
-    return Namespace(f"the closure of {function.__qualname__}", (function.__code__, "closure"), items, put, remove)
-
-
-def _attributes(cls: type) -> Namespace:
-    def items() -> dict[str, Any]:
-        return {name: value for name, value in vars(cls).items() if name not in _DUNDER and not _is_abc(name)}
-
-    return Namespace(
-        f"the class {cls.__name__}",
-        (cls, "own"),
-        items,
-        functools.partial(type.__setattr__, cls),
-        functools.partial(type.__delattr__, cls),
-    )
-
-
-def _variable(label: str, variables: dict[str, Any], name: str) -> Namespace:
-    def items() -> dict[str, Any]:
-        return {name: variables[name]} if name in variables else {}
-
-    return Namespace(f"the module {label}", (label, name), items, variables.__setitem__, variables.pop)
-
-
-def _defaults(function: types.FunctionType) -> dict[str, Any]:
-    found = {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
-    return found | (function.__kwdefaults__ or {})
-
-
-def _ignore(*_: Any) -> None:
-    """Defaults are changed in place alone."""
-
-
 def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _with_nested(constant)
-
-
-def _is_empty(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return True
-    return False
-
-
-def _contents(cell: types.CellType) -> Any:
-    return None if _is_empty(cell) else cell.cell_contents
-
-
-def _is_slot(value: object) -> bool:
-    return isinstance(value, types.MemberDescriptorType)
-
-
-def _is_abc(name: str) -> bool:
-    return name.startswith("_abc_")

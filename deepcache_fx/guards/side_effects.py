@@ -17,7 +17,8 @@ from torch import fx
 
 from deepcache_fx.errors import Uncapturable
 from deepcache_fx.guards.fingerprint import NOT_STATE, Same
-from deepcache_fx.guards.reached_code import CONTAINERS, Namespace, Reached, instance
+from deepcache_fx.guards.namespaces import Namespace, instance
+from deepcache_fx.guards.reached_code import CONTAINERS, Reached
 from deepcache_fx.guards.stray_tensors import remove_strays
 
 _Holder = tuple[Hashable, str]

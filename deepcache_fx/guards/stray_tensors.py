@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from deepcache_fx.guards.reached_code import instance, is_library
+from deepcache_fx.guards.namespaces import instance, is_library
 
 _META = ("tensor_meta", "from_node", "stack_trace", "nn_module_stack", "torch_fn", "original_aten")
 _ANONYMOUS = (dict, list, tuple, set, frozenset, deque, types.CellType, types.MethodType, functools.partial)

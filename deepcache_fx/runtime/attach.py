@@ -141,4 +141,4 @@ def detach(module: torch.nn.Module) -> None:
 def bring_back(module: torch.nn.Module, runtime: Runtime) -> None:
     """Attach a runtime that was there before; it goes on following its pipelines."""
     attach(module, runtime)
-    runtime.go_on_watching()
+    runtime.follow_pipelines()

@@ -152,11 +152,11 @@ class Runtime:
         """Those of the living pipelines that are followed."""
         return [follower for follower in self._followers if follower.pipeline() is not None]
 
-    def go_on_watching(self) -> None:
+    def follow_pipelines(self) -> None:
         for follower in self._followers:
             follower()
 
-    def stop_watching(self) -> None:
+    def stop_following(self) -> None:
         """Until the next call."""
         for follower in self._followers:
             follower.stop()
@@ -187,7 +187,7 @@ class Runtime:
 
     def upcoming_call(self, call: Call) -> UpcomingCall:
         """What is known of this thread's next UNet call. To be asked once for every call of a ControlNet."""
-        self.go_on_watching()
+        self.follow_pipelines()
         state = self._state
         info, is_told = state.tracker.peek(position_of(call.timestep), call.sample)
         run = state.expected.runs + info.new_run
@@ -255,7 +255,7 @@ class Runtime:
     def _observe(self, state: ThreadState, module: torch.nn.Module, call: Call) -> Observation:
         """Which step and call it is, which programs serve it now, and which cached feature is its own."""
         if self._followers:
-            self.go_on_watching()
+            self.follow_pipelines()
         position = position_of(call.timestep)
         if position is None and call.timestep is not None and state.tracker.needs_value(position, call.timestep):
             self.counts.syncs += 1

@@ -20,7 +20,7 @@ from deepcache_fx.runtime.attach import attached_to, runtime_of
 from deepcache_fx.runtime.report import ControlNetReport
 from tests.controlnet.test_controlnet_runtime import controlnet_runtime, denoise
 from tests.execution.test_memory_format import formats
-from tests.families import family
+from tests.families import family, thorough
 from tests.oracles import TO_THE_BIT, specified
 from tests.pipelines import NO_CHECKER, Case, controlnet, like_sd, one_controlnet, several_controlnets, unet
 
@@ -150,7 +150,8 @@ def two_of_one_controlnet() -> tuple[Any, Any]:
     return first.pipe, second
 
 
-@pytest.mark.parametrize("first_to_run", family([0, 1], 0))
+@thorough
+@pytest.mark.parametrize("first_to_run", [0, 1])
 def test_restoring_one_unet_within_a_run_of_another_keeps_the_shared_weights_formatted(
     first_to_run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

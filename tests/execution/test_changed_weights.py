@@ -13,7 +13,7 @@ import deepcache_fx
 from deepcache_fx.execution import cuda_graphs, memory_format
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
-from tests.families import family
+from tests.families import family, thorough
 from tests.graphs import error
 
 TIMESTEPS = torch.arange(950, -1, -50)
@@ -166,6 +166,7 @@ def test_a_model_that_shares_memory_with_another_sees_its_own_values() -> None:
     assert close(denoise(twin, TIMESTEPS), expected)
 
 
+@thorough
 def test_threads_that_begin_at_once_after_the_weights_have_moved_get_what_they_get_alone() -> None:
     expected = {size: denoise(plain(), TIMESTEPS[:6], size=size) for size in (8, 16)}
     unet, num_threads = compiled(), torch.get_num_threads()

@@ -305,7 +305,7 @@ class Counting:
         return lambda *args: graph.forward(*(values.get(i, arg) for i, arg in enumerate(args)))
 
 
-@pytest.mark.parametrize("change", [all_layers, in_inference_mode, assigned])
+@pytest.mark.parametrize("change", family([all_layers, in_inference_mode, assigned], assigned))
 def test_aot_eager_reads_other_weights_without_a_compilation(
     change: Callable[[nn.Module], None], recording: dict[str, Any]
 ) -> None:
