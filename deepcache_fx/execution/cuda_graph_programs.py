@@ -43,12 +43,15 @@ from deepcache_fx.graph.forecast import coefficients
 class _Input:
     """A static buffer and what was last copied into it."""
 
-    __slots__ = ("address", "shared", "source", "tensor", "version")
+    __slots__ = ("address", "shared", "source", "target", "tensor", "version")
 
     def __init__(self, like: torch.Tensor) -> None:
         self.tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
         # Along an expanded dimension all elements are one: that one is written.
         self.shared = [d for d in range(like.ndim) if like.stride(d) == 0 and like.shape[d] > 1]
+        self.target = self.tensor
+        for dimension in self.shared:
+            self.target = self.target.narrow(dimension, 0, 1)
         self.source: torch.Tensor | None = None
         self.version: int | None = None
         """The source's counter of changes in place; None where they are not counted."""
@@ -66,10 +69,10 @@ def _fill(inputs: Sequence[_Input], sources: Sequence[torch.Tensor]) -> None:
             and source.data_ptr() == item.address
         ):
             continue
-        target, values = item.tensor, source
+        values = source
         for dimension in item.shared:
-            target, values = target.narrow(dimension, 0, 1), values.narrow(dimension, 0, 1)
-        target.copy_(values)
+            values = values.narrow(dimension, 0, 1)
+        item.target.copy_(values)
         item.source, item.version = source, None if source.is_inference() else source._version
         item.address = source.data_ptr()
 

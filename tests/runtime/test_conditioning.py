@@ -124,7 +124,7 @@ def test_each_conditioning_reads_its_own_feature(calls: Calls, trace: str, give:
         st.lists(st.sampled_from([(0,), (1,), (2,), (0, 1)]), min_size=1, max_size=3), min_size=STEPS, max_size=STEPS
     )
 )
-@examples(5, 60)
+@examples(5, 30)
 def test_whatever_the_calls_of_a_step_are_no_feature_of_another_conditioning_is_read(plan: list[list[Batch]]) -> None:
     """Full calls may be more than the schedule has; a shallow one reads what its own conditioning left since then."""
     unet, plain, give = deepcache_fx.optimize(CompVisUNet(), interval=INTERVAL, **TO_THE_BIT), CompVisUNet(), held()
