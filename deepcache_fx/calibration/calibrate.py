@@ -91,10 +91,10 @@ def calibrate(
     if not orders:
         raise OptionError("forecast must name at least one order: 0, 1 or 2")
     for order in orders:  # all mistakes in what `optimize` will be asked, before anything runs
-        place = Options.make(branch=branch, forecast=order, **(optimize_arguments or {})).branch
-    below = None if deeper is None else check_branch(deeper)
+        chosen = Options.make(branch=branch, forecast=order, **(optimize_arguments or {})).branch
+    deeper_branch = None if deeper is None else check_branch(deeper)
     _check_goal(budget, target_error)
-    if below is not None and (budget is None or not any(orders)):
+    if deeper_branch is not None and (budget is None or not any(orders)):
         raise OptionError("deeper needs a budget, and an order of the forecast above 0: leave it out")
     if not isinstance(getattr(pipe, "unet", None), torch.nn.Module):
         raise DeepCacheError(f"calibrate takes a diffusers pipeline with a .unet, got {type(pipe).__name__}")
@@ -126,8 +126,8 @@ def calibrate(
             "budget": budget,
             "target_error": target_error,
             "forecast": list(orders),
-            "branch": place if isinstance(place, int) else list(place),
-            "deeper": list(below) if isinstance(below, tuple) else below,
+            "branch": chosen if isinstance(chosen, int) else list(chosen),
+            "deeper": list(deeper_branch) if isinstance(deeper_branch, tuple) else deeper_branch,
             "prompts": prompts if isinstance(prompts, int) else list(prompts),
             "seed": seed,
             "steps": steps,
@@ -141,8 +141,10 @@ def calibrate(
             "scheduler_config": json.loads(made_for.scheduler_config),
         }
         notes = CalibrationFile.open(path, settings)
-        runs = Runs(job, place, optimize_arguments or {}, below)
-        return _search(runs, notes, made_for, job, orders, (place, below), budget, target_error, trials, progress)
+        runs = Runs(job, chosen, optimize_arguments or {}, deeper_branch)
+        return _search(
+            runs, notes, made_for, job, orders, (chosen, deeper_branch), budget, target_error, trials, progress
+        )
 
 
 def _search(

@@ -60,7 +60,7 @@ def calibrate_command(
     width: option.Pixels = None,
 ) -> None:
     """Search for the full steps that bring a model's images closest to the uncached ones, at a given cost."""
-    place, below = option.read_branch(branch), option.read_branch(deeper, "--deeper") if deeper else None
+    chosen, deeper_branch = option.read_branch(branch), option.read_branch(deeper, "--deeper") if deeper else None
     goal, orders = None if budget is None else _budget(budget), _orders(forecast)
     if scheduler is not None:
         loading.check_scheduler(scheduler)
@@ -90,8 +90,8 @@ def calibrate_command(
                     steps=steps,
                     seed=seed,
                     forecast=orders,
-                    branch=place,
-                    deeper=below,
+                    branch=chosen,
+                    deeper=deeper_branch,
                     metric=metric.value,
                     trials=trials,
                     batch_size=batch_size,

@@ -22,7 +22,7 @@ def draw_command(
     dtype: option.CacheDtype = option.DtypeName.float16,
 ) -> None:
     """Draw the UNet as an SVG file: what runs at every step, what is cached, what each part costs. Needs no weights."""
-    place = option.read_branch(branch)
+    chosen = option.read_branch(branch)
     check_path(out)
     with named_model(model, height=height, width=width, batch=batch, dtype=dtype.value) as found:
-        draw(found.unet, out, branch=place, example_inputs=found.inputs)
+        draw(found.unet, out, branch=chosen, example_inputs=found.inputs)
