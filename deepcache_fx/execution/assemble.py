@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import fx
 
-from deepcache_fx.execution.compile import compile_variant, copies_weights, pick_backend
+from deepcache_fx.execution.compile import compile_variants, copies_weights, pick_backend
 from deepcache_fx.execution.cuda_graphs import RECORDERS, Recorder
 from deepcache_fx.execution.programs import Called, Programs, PromptStage, ShallowProgram
 from deepcache_fx.execution.recorded import Recorded
@@ -217,7 +217,8 @@ def _compile(
     why_not: str | None,
 ) -> Called:
     steps = {name: variant.step for name, variant in variants.named().items()}
-    full, *shallow = [bind(compile_variant(step, options, device), joined[name]) for name, step in steps.items()]
+    compilation = compile_variants(steps, variants.num_outputs, options, device)
+    full, *shallow = [bind(program, joined[name]) for name, program in compilation.programs.items()]
     return Called(
         full_program=full,
         cuts=tuple(
@@ -225,6 +226,7 @@ def _compile(
             for name, program, cut in zip(list(steps)[1:], shallow, variants.cuts, strict=True)
         ),
         num_outputs=variants.num_outputs,
+        compilation=compilation,
         order=options.order,
         why_not_recorded=why_not or "off",
     )
@@ -255,11 +257,11 @@ def single_program(
     recorders: MutableMapping[torch.device, Recorder],
 ) -> Compiled:
     """A graph that caches nothing, compiled and recorded as `options` say. Only `full` of it is to be called."""
-    outputs = step.graph.output_node().args[0]
+    count = len(step.graph.output_node().args[0])  # type: ignore[arg-type]
 
     def compile_it() -> Called:
-        program = compile_variant(step, options, device)
-        return Called(program, (), len(outputs), why_not_recorded=why_not or "off")  # type: ignore[arg-type]
+        compilation = compile_variants({"full": step}, count, options, device)
+        return Called(compilation.programs["full"], (), count, compilation, why_not_recorded=why_not or "off")
 
     def record(called: Called) -> Programs:
         if why_not is not None:
