@@ -24,7 +24,8 @@ COMMAND = "python -m benchmarks.speed.report"
 
 SUMMARY_ARMS = (
     "eager", "compile", "compile-max-autotune", "helper", "helper-compile", "eager-fewer-steps", "compile-fewer-steps",
-    "ours-eager", "ours-compile", "ours-uncached", "ours-cuda-graphs",
+    "ours-eager", "ours-compile", "ours-uncached", "ours-cuda-graphs", "openvino", "ours-openvino", "eager-bf16",
+    "helper-bf16", "ours-openvino-bf16",
 )  # fmt: skip
 SUMMARY_COLUMNS = (
     "arm", "1:N", "full step, ms", "shallow step, ms", "loop, s", "x eager", "x compile", "x helper", "MAC bound",

@@ -39,6 +39,11 @@ def is_available() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
+def has_bf16() -> bool:
+    """True where the processor computes in bfloat16."""
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def own_types(step: fx.GraphModule) -> set[torch.dtype]:
     """The floating types of the parameters that a graph holds."""
     return {tensor.dtype for tensor in step.parameters() if tensor.is_floating_point()}
@@ -93,7 +98,7 @@ def _pick_precision(wanted: str | None, types: set[torch.dtype]) -> str:
         )
     if not is_half and wanted != "bf16":
         return "fp32"
-    if "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if not has_bf16():
         name = _core().get_property("CPU", "FULL_DEVICE_NAME")
         raise CompileError(
             f"this processor ({name}) has no bfloat16 arithmetic: take a float32 model, without precision='bf16'"
