@@ -2,10 +2,12 @@
 
     program(x, t, ...) -> outputs            tensors in and out are PyTorch's memory, which OpenVINO reads and writes
 
-OpenVINO packs weights, and folds what follows from them, when it compiles: a change of a weight needs another program.
-The runtime looks for changes at the start of every run; those in place through `parameter.data` nobody counts. It
-computes int64 in int32. float64 and random operators, which it would compute in float32 and draw from a generator of
-its own, are refused.
+OpenVINO packs weights, and folds what follows from them, when it compiles; others it reads where they lie. A change of
+a weight needs another program: the runtime looks for changes at the start of every run, but nobody counts those in
+place through `parameter.data`, of which a program may see a part.
+
+OpenVINO computes int64 in int32. float64 and random operators, which it would compute in float32 and draw from a
+generator of its own, are refused.
 """
 
 from __future__ import annotations
@@ -80,7 +82,11 @@ def compile_graph(
         border = _Border(in_core_operators(step, *_operators()))
         if not border.results:
             return None
-        chosen = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        chosen = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations are quantised where weights are
+        }
         compiled = _core().compile_model(border.model(), "CPU", {**chosen, **properties, HINT: _HINTS[kind]})
         return OpenVINOProgram(compiled, border, kind, head)
     except Exception as error:
