@@ -32,6 +32,7 @@ def optimize(
     passes: Sequence[Callable[..., Any]] = (),
     disable: Sequence[str] | str = (),
     backend: str | Callable[..., Any] = "auto",
+    precision: Literal["fp32", "bf16"] | None = None,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     cuda_graphs: bool | Literal["auto"] = "auto",
@@ -59,9 +60,17 @@ def optimize(
             steps) that is true where the step is full.
         passes: Extra graph passes, applied in order to the captured graph before the split.
         disable: Default passes to leave out, by name; "all" keeps the captured graph as it is.
-        backend: "auto" (Inductor on CUDA, else eager), "eager", or any torch.compile backend.
+        backend: "auto" (Inductor on CUDA; on a CPU OpenVINO where it is installed and the model is float32; else
+            eager), "eager", "openvino", or any torch.compile backend. With OpenVINO programs hold copies of the weights
+            and are made anew when a run begins after a change; changes through `parameter.data` in place are not seen.
+            The first step of each program is checked against the same graph run by PyTorch, at the cost of one more
+            step. Where "auto" finds that OpenVINO cannot take the model it warns, and runs eagerly.
+        precision: Of OpenVINO's arithmetic: "bf16" computes a float32 model in bfloat16 where the processor can, and
+            `report` says with what error; its inputs, outputs and weights stay float32. "fp32", and None for a float32
+            or float16 model, compute in float32; bfloat16 models are computed in bfloat16.
         mode: Passed to torch.compile. The CUDA graphs that some modes of Inductor switch on are replaced by ours.
-        options: Passed to torch.compile.
+        options: Passed to torch.compile; to OpenVINO as properties, {"INFERENCE_NUM_THREADS": 8} for example (it takes
+            as many threads as PyTorch where that is not given).
         cuda_graphs: Record both variants as CUDA graphs. "auto" does so on CUDA, except for the eager backend. Where a
             variant cannot be recorded it is called, and `report` says why.
         forecast: Degree of the polynomial through the last refreshes that a shallow step takes the cached feature from:
@@ -98,6 +107,7 @@ def optimize(
         passes=passes,
         disable=disable,
         backend=backend,
+        precision=precision,
         mode=mode,
         options=options,
         cuda_graphs=cuda_graphs,

@@ -17,6 +17,9 @@ Forecast = int | Literal["auto"]
 AUTO_ORDER = 1
 """The highest order of `forecast="auto"`; its programs keep as many refreshes as that needs."""
 
+PRECISIONS = (None, "fp32", "bf16")
+"""What `optimize(precision=)` takes."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -27,6 +30,7 @@ class Options:
     passes: tuple[Callable[..., Any], ...] = ()
     disable: tuple[str, ...] = ()
     backend: str | Callable[..., Any] = "auto"
+    precision: str | None = None
     mode: str | None = None
     options: Mapping[str, Any] | None = None
     cuda_graphs: bool | Literal["auto"] = "auto"
@@ -59,6 +63,7 @@ class Options:
         passes: Sequence[Callable[..., Any]] = (),
         disable: Sequence[str] | str = (),
         backend: str | Callable[..., Any] = "auto",
+        precision: str | None = None,
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
         cuda_graphs: bool | Literal["auto"] = "auto",
@@ -76,6 +81,15 @@ class Options:
             raise OptionError("torch.compile takes mode or options, not both: leave one out")
         if not (isinstance(backend, str) or callable(backend)):
             raise OptionError(f"backend must be a name or a torch.compile backend function, got {backend!r}")
+        if precision not in PRECISIONS:
+            raise OptionError(f'precision must be "fp32", "bf16" or None, got {precision!r}')
+        if precision == "bf16" and backend not in ("auto", "openvino"):
+            raise OptionError(
+                f"precision='bf16' is for backend='openvino', not for {backend!r}: PyTorch computes in the types that "
+                "the model has, so cast it with .to(torch.bfloat16)"
+            )
+        if mode is not None and backend == "openvino":
+            raise OptionError(f"mode is torch.compile's, and backend='openvino' has none: leave {mode!r} out")
         if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
             raise OptionError(f'cuda_graphs must be "auto", True or False, got {cuda_graphs!r}')
         if isinstance(forecast, bool) or forecast not in ("auto", 0, 1, 2):
@@ -93,6 +107,7 @@ class Options:
             passes=tuple(passes),
             disable=(disable,) if isinstance(disable, str) else tuple(disable),
             backend=backend,
+            precision=precision,
             mode=mode,
             options=options,
             cuda_graphs=cuda_graphs,

@@ -1,9 +1,13 @@
-"""Shared set-up: one thread a process, quiet libraries, slow modules first, GPU tests skipped where there is no GPU."""
+"""Shared set-up: one thread a process, quiet libraries, slow modules first, GPU tests skipped where there is no GPU.
+
+"auto" means eager on the CPU, also where OpenVINO is installed, unless a test takes the fixture `auto_finds_openvino`.
+"""
 
 from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
 
 import diffusers
 import pytest
@@ -12,6 +16,7 @@ import transformers
 from hypothesis import settings
 
 from deepcache_fx.cli.loading import IMPORTED_UNUSED
+from deepcache_fx.execution import openvino
 
 for name in IMPORTED_UNUSED:
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -46,6 +51,19 @@ SLOWEST_FIRST = (
 )
 """Modules with the longest tests; the others follow in their own order. An idle worker takes tests from the end of
 another's list, so nothing long may lie there."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _auto_is_eager() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino, "is_available", lambda: False)
+        yield
+
+
+@pytest.fixture
+def auto_finds_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    monkeypatch.setattr(openvino, "is_available", lambda: True)
 
 
 def pytest_collection_finish() -> None:

@@ -24,8 +24,11 @@ from benchmarks.speed.setup import Settings
 from benchmarks.speed.store import ResultsFile
 from benchmarks.speed.subjects import DTYPES, KINDS, find_preset
 
-CPU_ARMS = "eager,ours-eager,helper,eager-fewer-steps,eager-channels-last,ours-forecast,ours-without-*"
-"""Without what compiles: for this model on a CPU that alone takes many minutes (--arms all has it)."""
+CPU_ARMS = (
+    "eager,ours-eager,helper,*openvino*,eager-bf16,helper-bf16,eager-fewer-steps,eager-channels-last,ours-forecast,"
+    "ours-without-*"
+)
+"""Without Inductor: for this model on a CPU that alone takes many minutes (--arms all has it)."""
 
 GPU_MODELS = "sd15,sd21,sdxl,svd,ldm4-imagenet,ddpm-church"
 

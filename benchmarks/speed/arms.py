@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 import deepcache_fx
 from benchmarks.speed.cases import Case
 from benchmarks.speed.pipelines import Stage
+from deepcache_fx.execution import openvino
 from deepcache_fx.graph.pass_order import default_names
 from deepcache_fx.schedules.schedule import Schedule
 from passes import FuseGroupNorm
@@ -121,12 +123,47 @@ def all_arms(backend: str = "inductor") -> dict[str, Arm]:
             _refuse_cuda_graphs,
             one_interval=True,
         ),
+        Arm("ours-openvino", "deepcache_fx, OpenVINO", ours(backend="openvino"), _refuse_openvino),
+        Arm(
+            "ours-openvino-bf16",
+            "deepcache_fx, OpenVINO, the float32 model computed in bfloat16",
+            ours(backend="openvino", precision="bf16"),
+            _refuse_openvino_bf16,
+        ),
+        Arm(
+            "openvino",
+            "OpenVINO without caching: deepcache_fx with every step full",
+            ours(backend="openvino"),
+            _refuse_openvino,
+            caches=False,
+        ),
+        Arm(
+            "eager-bf16",
+            "the float32 model cast to bfloat16",
+            lambda s, n: _plain(s, n, in_bf16=True),
+            _refuse_cast,
+            caches=False,
+        ),
+        Arm(
+            "helper-bf16",
+            "DeepCacheSDHelper on the float32 model cast to bfloat16",
+            lambda s, n: _helper(s, n, in_bf16=True),
+            lambda case: _refuse_helper(case) or _refuse_cast(case),
+        ),
         Arm("compile", "torch.compile", lambda s, n: _plain(s, n, compiled()), caches=False, compiles=True),
         Arm(
             "eager-fewer-steps",
             "the model as it is, at as many steps as cost the MACs of the cached run",
             _plain,
             same_as="eager",
+        ),
+        Arm(
+            "compile-freezing",
+            "torch.compile with frozen weights",
+            lambda s, n: _plain(s, n, compiled() | ({"options": {"freezing": True}} if backend == "inductor" else {})),
+            _refuse_freezing,
+            caches=False,
+            compiles=True,
         ),
         Arm("compile-fewer-steps", "torch.compile, likewise", _plain, same_as="compile"),
         Arm(
@@ -181,9 +218,13 @@ def all_arms(backend: str = "inductor") -> dict[str, Arm]:
 
 
 def _plain(
-    stage: Stage, interval: int, compile_options: dict[str, Any] | None = None, channels_last: bool = False
+    stage: Stage,
+    interval: int,
+    compile_options: dict[str, Any] | None = None,
+    channels_last: bool = False,
+    in_bf16: bool = False,
 ) -> Prepared:
-    unet = stage.subject.clone()
+    unet = _clone(stage, in_bf16)
     if channels_last:
         unet = unet.to(memory_format=torch.channels_last)
     if compile_options is not None:
@@ -192,14 +233,42 @@ def _plain(
     return Prepared(unet, _scheduler(stage, pipe), pipe, lambda interval: None, caches=False)
 
 
+def _clone(stage: Stage, in_bf16: bool) -> Any:
+    """The model; asked for, in bfloat16, taking and giving what it did. Timesteps stay as they are."""
+    unet = stage.subject.clone()
+    if not in_bf16:
+        return unet
+    forward = unet.to(torch.bfloat16).forward
+
+    def cast(values: Any, dtype: torch.dtype) -> Any:
+        return tree_map(lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, values)
+
+    def cast_forward(sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = cast((args, kwargs), torch.bfloat16)
+        return cast(forward(sample.to(torch.bfloat16), timestep, *args, **kwargs), sample.dtype)
+
+    unet.forward = cast_forward
+    return unet
+
+
+def _refuse_cast(case: Case) -> str | None:
+    return None if case.dtype == "fp32" else f"the model is cast from fp32, and this one is {case.dtype}"
+
+
+def _refuse_freezing(case: Case) -> str | None:
+    return None if torch.device(case.device).type == "cpu" else "freezing is measured on the CPU"
+
+
 def _scheduler(stage: Stage, pipe: Any) -> Any:
     return pipe.scheduler if pipe is not None else stage.subject.kind.scheduler()
 
 
-def _helper(stage: Stage, interval: int, compile_options: dict[str, Any] | None = None) -> Prepared:
+def _helper(
+    stage: Stage, interval: int, compile_options: dict[str, Any] | None = None, in_bf16: bool = False
+) -> Prepared:
     from DeepCache import DeepCacheSDHelper  # type: ignore[import-untyped]
 
-    unet = stage.subject.clone()
+    unet = _clone(stage, in_bf16)
     pipe = stage.pipeline(unet)
     scheduler = _scheduler(stage, pipe)
     helper = DeepCacheSDHelper(pipe=pipe if pipe is not None else SimpleNamespace(unet=unet, scheduler=scheduler))
@@ -284,6 +353,17 @@ def _without(name: str, backend: str) -> Arm:
         lambda stage, interval: _fastest(stage, interval, backend, disable=(name,)),
         one_interval=True,
     )
+
+
+def _refuse_openvino(case: Case) -> str | None:
+    if torch.device(case.device).type != "cpu":
+        return "OpenVINO is used on the CPU alone"
+    return None if openvino.is_available() else "openvino is not installed"
+
+
+def _refuse_openvino_bf16(case: Case) -> str | None:
+    reason = _refuse_openvino(case) or _refuse_cast(case)
+    return reason or (None if openvino.has_bf16() else "this processor has no bfloat16 arithmetic")
 
 
 def _refuse_triton(case: Case) -> str | None:

@@ -55,6 +55,7 @@ def calibrate_command(
     variant: option.Variant = None,
     device: option.Device = None,
     backend: option.Backend = "auto",
+    precision: option.Precision = None,
     guidance_scale: option.GuidanceScale = None,
     height: option.Pixels = None,
     width: option.Pixels = None,
@@ -96,7 +97,7 @@ def calibrate_command(
                     trials=trials,
                     batch_size=batch_size,
                     out=out,
-                    optimize_arguments={"backend": backend},
+                    optimize_arguments={"backend": backend, "precision": precision},
                     progress=progress,
                     **{name: value for name, value in given.items() if value is not None},
                 )

@@ -33,7 +33,12 @@ Dtype: TypeAlias = Annotated[
 ]
 Variant: TypeAlias = Annotated[str | None, typer.Option(help='Which weights to load, as in "fp16".')]
 Device: TypeAlias = Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")]
-Backend: TypeAlias = Annotated[str, typer.Option(help="auto, eager, inductor, or another torch.compile backend.")]
+Backend: TypeAlias = Annotated[
+    str, typer.Option(help="auto, eager, inductor, openvino, or another torch.compile backend.")
+]
+Precision: TypeAlias = Annotated[
+    str | None, typer.Option(help="Of OpenVINO's arithmetic: fp32, or bf16 for a model of float32.", show_default=False)
+]
 GuidanceScale: TypeAlias = Annotated[float | None, typer.Option(help="The pipeline's own if not given.")]
 Pixels: TypeAlias = Annotated[int | None, typer.Option(min=1, help="In pixels.")]
 

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import fx
 
-from deepcache_fx.execution.compile import compile_variant, copies_weights, pick_backend
+from deepcache_fx.execution.compile import compile_variants, copies_weights, pick_backend
 from deepcache_fx.execution.cuda_graph_programs import CudaGraphPrograms
 from deepcache_fx.execution.cuda_graphs import RECORDERS, Recorder
 from deepcache_fx.execution.programs import DirectPrograms, Programs, PromptStage, ShallowProgram
@@ -181,7 +181,8 @@ def compiled_variants(
     steps = {name: variant.step for name, variant in variants.named().items()}
 
     def compile_all() -> DirectPrograms:
-        full, *shallow = [compile_variant(step, options, device) for step in steps.values()]
+        compilation = compile_variants(steps, variants.num_outputs, options, device)
+        full, *shallow = compilation.programs.values()
         return DirectPrograms(
             full_program=full,
             cuts=tuple(
@@ -189,6 +190,7 @@ def compiled_variants(
                 for name, program, cut in zip(list(steps)[1:], shallow, variants.cuts, strict=True)
             ),
             num_outputs=variants.num_outputs,
+            compilation=compilation,
             order=options.order if variants.cuts else 0,
             why_not_recorded=why_not or "off",
         )

@@ -1,14 +1,18 @@
-"""Turn a variant into the fastest callable for its device, without Dynamo's guards in the step path."""
+"""Turn variants into the fastest callables for their device, without Dynamo's guards in the step path."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from deepcache_fx.errors import CompileError
+from deepcache_fx.execution import openvino
+from deepcache_fx.execution.checked import Checked
 from deepcache_fx.options import Options
 
 Program = Callable[..., Sequence[Any]]
@@ -16,10 +20,23 @@ Program = Callable[..., Sequence[Any]]
 
 
 def pick_backend(options: Options, device: torch.device) -> str | Callable[..., Any]:
-    """What "auto" stands for: Inductor on CUDA; elsewhere the graph as it is, which Inductor was measured to slow."""
-    if options.backend == "auto":
-        return "inductor" if device.type == "cuda" else "eager"
-    return options.backend
+    """What "auto" stands for: Inductor on CUDA, OpenVINO on a CPU where it is installed, else the graph as it is.
+
+    Inductor was measured to slow the graph on a CPU. Where the choice is ours, OpenVINO may yet be left out for a graph
+    (see `compile_variants`).
+    """
+    if options.backend != "auto":
+        return options.backend
+    if options.precision == "bf16":
+        return "openvino"
+    if device.type == "cuda":
+        return "inductor"
+    return "openvino" if device.type == "cpu" and openvino.is_available() else "eager"
+
+
+def name_of(backend: str | Callable[..., Any]) -> str:
+    """For a reader."""
+    return backend if isinstance(backend, str) else getattr(backend, "__name__", repr(backend))
 
 
 def copies_weights(options: Options, device: torch.device) -> bool:
@@ -32,12 +49,76 @@ def copies_weights(options: Options, device: torch.device) -> bool:
 
 
 def freezes(options: Options, device: torch.device) -> bool:
-    """True where Inductor folds the values of weights into its programs."""
-    if pick_backend(options, device) != "inductor":
-        return False
+    """True where values of weights are folded into programs: by OpenVINO always, by Inductor where it is told to."""
+    backend = pick_backend(options, device)
+    if backend != "inductor":
+        return backend == "openvino"
     import torch._inductor.config as inductor  # slow to import, and only needed here
 
     return bool(dict(options.options or {}).get("freezing") or inductor.freezing)
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What the variants of one signature, or a single graph, were compiled to."""
+
+    programs: Mapping[str, Program]
+    """By variant."""
+    picked: str
+    """The backend that made them."""
+
+    @property
+    def backend(self) -> str:
+        """The one that they run by."""
+        eager = [name for name, program in self._checked().items() if program.refused is not None]
+        if not eager:
+            return self.picked
+        return "eager" if len(eager) == len(self.programs) else f"{self.picked} ({', '.join(eager)}: eager)"
+
+    @property
+    def precision(self) -> str | None:
+        """Of arithmetic that is not PyTorch's: "fp32" or "bf16"."""
+        return next((item.precision for item in self._checked().values() if item.refused is None), None)
+
+    @property
+    def error(self) -> float | None:
+        """Relative, of the first full step in that arithmetic; None until it is made."""
+        full = self._checked().get("full")
+        return None if full is None or full.refused is not None else full.error
+
+    def _checked(self) -> dict[str, Checked]:
+        return {name: program for name, program in self.programs.items() if isinstance(program, Checked)}
+
+
+def compile_variants(
+    steps: Mapping[str, fx.GraphModule], num_outputs: int, options: Options, device: torch.device
+) -> Compilation:
+    """Compile all that belongs together. `num_outputs` of what a graph returns are outputs, the others are cached.
+
+    Where "auto" has picked OpenVINO, models of float16 or of several types run as they are, and so do, with a warning,
+    those that it cannot take.
+
+    Raises:
+        CompileError: see `compile_variant`.
+    """
+    backend = pick_backend(options, device)
+    may_fall_back = backend == "openvino" and options.backend == "auto" and options.precision != "bf16"
+    eager = Compilation({name: step.forward for name, step in steps.items()}, "eager")
+    if may_fall_back:
+        types = set().union(*map(openvino.own_types, steps.values()))
+        if len(types) > 1 or not types <= {torch.float32, torch.bfloat16}:
+            return eager
+    try:
+        programs = {name: compile_variant(step, options, device) for name, step in steps.items()}
+    except CompileError as error:
+        if not may_fall_back:
+            raise
+        warnings.warn(f"backend='auto' leaves OpenVINO out, and the graphs run as they are: {error}", stacklevel=2)
+        return eager
+    for name, program in programs.items():
+        if isinstance(program, openvino.OpenVINOProgram):
+            programs[name] = Checked(program, steps[name].forward, program.precision, num_outputs, may_fall_back)
+    return Compilation(programs, name_of(backend))
 
 
 def compile_variant(variant: fx.GraphModule, options: Options, device: torch.device) -> Program:
@@ -48,15 +129,19 @@ def compile_variant(variant: fx.GraphModule, options: Options, device: torch.dev
     overwrites, and the cached feature outlives it. The runtime records its own (see `recorded`).
 
     Raises:
-        CompileError: torch.compile knows no such backend, or Inductor no such mode.
+        CompileError: torch.compile knows no such backend, Inductor no such mode, or OpenVINO cannot take the graph.
     """
     backend = pick_backend(options, device)
     if backend == "eager":
         return variant.forward
+    if backend == "openvino":
+        properties = options.options if options.backend == "openvino" else None  # else they are meant for torch.compile
+        return openvino.compile_graph(variant, device, options.precision, properties or {}) or variant.forward
     if isinstance(backend, str):
         known = torch.compiler.list_backends(exclude_tags=())
         if backend not in known:
-            raise CompileError(f"backend {backend!r} is unknown: use auto, eager or one of {', '.join(known)}")
+            names = ", ".join(sorted({*known, "openvino"}))
+            raise CompileError(f"backend {backend!r} is unknown: use auto, eager or one of {names}")
     settings = _settings(options, backend)
     mode = options.mode if settings is None else None  # torch.compile takes one of the two
     program: Program = torch.compile(

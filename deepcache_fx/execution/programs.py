@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from deepcache_fx.execution.compile import Program
+from deepcache_fx.execution.compile import Compilation, Program
 from deepcache_fx.graph.capture import CAPTURE_LOCK
 from deepcache_fx.graph.forecast import coefficients, weights_on
 
@@ -135,6 +135,8 @@ class DirectPrograms:
     full_program: Program
     cuts: tuple[ShallowProgram, ...]
     num_outputs: int
+    compilation: Compilation
+    """Where the programs are from."""
     order: int = 0
     """Of the forecast."""
     why_not_recorded: str = "off"

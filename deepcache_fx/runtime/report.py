@@ -50,10 +50,16 @@ class CaptureReport:
     refreshes: int
     """How many refreshes of each cache are kept: one more than the order of the forecast."""
     capture_seconds: float
-    """Capture, passes and split; compilation happens at the first calls."""
+    """Capture, passes and split. Compilation by OpenVINO happens here, any other at the first calls."""
     passes: tuple[PassRecord, ...]
     first_call_seconds: dict[str, float]
-    """Per variant, the duration of its first call: compilation, recording and one step."""
+    """Per variant, the duration of its first call: compilation or check, recording and one step."""
+    backend: str = "eager"
+    """That its programs run by."""
+    precision: str | None = None
+    """Of arithmetic that is not PyTorch's: "fp32" or "bf16". None: in the types that the model has."""
+    precision_error: float | None = None
+    """Relative L2 error of the first full step in that arithmetic, against the same graph run by PyTorch."""
     cuda_graphs: str = "off"
     """Whether its steps are replays of recorded CUDA graphs, or why not."""
     graphs: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -196,6 +202,17 @@ class Report:
         return sum(s.capture_seconds for s in self.signatures)
 
     @property
+    def precision(self) -> str | None:
+        """Of arithmetic that is not PyTorch's: "fp32" or "bf16". None: in the types that the model has."""
+        found = {item.precision for item in self.signatures} - {None}
+        return "bf16" if "bf16" in found else next(iter(found), None)
+
+    @property
+    def precision_error(self) -> float | None:
+        """Of the first full steps in that arithmetic, the largest relative L2 error against PyTorch."""
+        return max((item.precision_error for item in self.signatures if item.precision_error is not None), default=None)
+
+    @property
     def cache_bytes(self) -> int:
         return sum(s.cache_bytes for s in self.signatures)
 
@@ -212,7 +229,12 @@ class Report:
     def to_dict(self, *, graphs: bool = False) -> dict[str, Any]:
         """Plain values, ready for JSON; `graphs` adds the text of every graph, which is long."""
         bare = replace(self, signatures=tuple(replace(item, graphs={}) for item in self.signatures))
-        values = {**asdict(bare), "engaged": self.engaged}
+        values = {
+            **asdict(bare),
+            "engaged": self.engaged,
+            "precision": self.precision,
+            "precision_error": self.precision_error,
+        }
         values["calls_by_branch"] = {str(branch): calls for branch, calls in self.calls_by_branch.items()}
         for item, listed in zip(values["signatures"], self.graphs, strict=True):
             if graphs:
@@ -221,10 +243,15 @@ class Report:
                 del item["graphs"]
         return values
 
+    def _arithmetic(self) -> str:
+        if self.precision is None or self.precision_error is None:
+            return "" if self.precision is None else f" in {self.precision}"
+        return f" in {self.precision} (error of the first full step: {self.precision_error:.1e})"
+
     def __str__(self) -> str:
         calls = self.full_calls + self.shallow_calls
         lines = [
-            f"{self.model}: {self.schedule}, backend {self.backend}",
+            f"{self.model}: {self.schedule}, backend {self.backend}{self._arithmetic()}",
             f"  {calls} calls: {self.full_calls} full, {self.shallow_calls} shallow; "
             f"{self.original_calls} more uncached",
         ]

@@ -15,7 +15,7 @@ import torch
 
 from deepcache_fx.errors import DeepCacheError, ScheduleError, Uncapturable
 from deepcache_fx.execution.assemble import Entry, assemble
-from deepcache_fx.execution.compile import pick_backend
+from deepcache_fx.execution.compile import name_of, pick_backend
 from deepcache_fx.execution.cuda_graphs import Recorder
 from deepcache_fx.graph.capture import capture, refuse_layerwise_offload
 from deepcache_fx.graph.lazy import all_computed, computed
@@ -457,16 +457,20 @@ class Runtime:
                 capture_seconds=entry.seconds,
                 passes=entry.passes,
                 first_call_seconds=dict(entry.programs.first_call_seconds),
+                backend=entry.compiled.called.compilation.backend,
+                precision=entry.compiled.called.compilation.precision,
+                precision_error=entry.compiled.called.compilation.error,
                 cuda_graphs=entry.programs.cuda_graphs(),
                 graphs=Listings(entry.variants),
             )
             for entry in tuple(self._entries.values())
         )
-        backend = self.options.backend if self.device is None else pick_backend(self.options, self.device)
+        wanted = self.options.backend if self.device is None else pick_backend(self.options, self.device)
+        backends = dict.fromkeys(item.backend for item in signatures) or [name_of(wanted)]
         return Report(
             model=self.model_class.__name__,
             schedule=str(self.options.schedule),
-            backend=backend if isinstance(backend, str) else getattr(backend, "__name__", repr(backend)),
+            backend=", ".join(backends),
             captures=self._entries.made,
             rebound=self._entries.rebound,
             full_calls=counts.full,
@@ -479,9 +483,7 @@ class Runtime:
             last_run="".join(self._state.trace),
             last_forecast=str(self._state.order) if self._state.trace else "",
             signatures=signatures,
-            companions=tuple(
-                found for found in (follower.report() for follower in self.followers()) if found is not None
-            ),
+            companions=tuple(filter(None, (follower.report() for follower in self.followers()))),
         )
 
 

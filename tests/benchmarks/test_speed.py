@@ -36,6 +36,7 @@ from benchmarks.speed.setup import Settings
 from benchmarks.speed.store import ResultsFile, read_results
 from benchmarks.speed.subjects import KINDS, Subject
 from benchmarks.speed.targets import TARGETS, targets_table
+from deepcache_fx.execution import openvino
 from deepcache_fx.graph import pass_order
 from deepcache_fx.planning.presets import PRESETS, Preset
 from deepcache_fx.runtime.attach import runtime_of
@@ -93,6 +94,8 @@ def test_every_arm_has_a_row_with_numbers_or_a_reason(
     for name in ("ours-cuda-graphs", "ours-eager-cuda-graphs"):
         assert absent.pop(name) == "CUDA graphs need a CUDA device"
     assert absent.pop("ours-fuse-group-norm") == "Triton kernels need a CUDA device"
+    if not openvino.is_available() or not openvino.has_bf16():
+        absent = {name: reason for name, reason in absent.items() if "openvino" not in name}
     assert absent in ({}, {"pruna": "pruna is not installed"})
     for name, row in rows.items():
         if row.status != "absent":
@@ -101,6 +104,36 @@ def test_every_arm_has_a_row_with_numbers_or_a_reason(
             assert row.measured.pipeline is not None, name
             assert row.measured.kernels_full, name
             assert row.measured.peak_bytes, name
+
+
+def test_what_cannot_run_says_why() -> None:
+    known = all_arms()
+    on_cuda, half = (dataclasses.replace(CASE, **change) for change in ({"device": "cuda"}, {"dtype": "bf16"}))
+    for name in ("ours-openvino", "ours-openvino-bf16", "openvino"):
+        assert known[name].refuse(on_cuda) == "OpenVINO is used on the CPU alone"
+        assert known[name].refuse(CASE) == "openvino is not installed"  # as far as the tests can tell
+    for name in ("eager-bf16", "helper-bf16"):
+        assert known[name].refuse(half) == "the model is cast from fp32, and this one is bf16"
+        assert known[name].refuse(CASE) is None
+    assert known["compile-freezing"].refuse(on_cuda) == "freezing is measured on the CPU"
+
+
+def test_the_arms_of_openvino_and_bfloat16_run_and_are_as_exact_as_their_precision(
+    auto_finds_openvino: None, known_work: None, tmp_path: Path
+) -> None:
+    names = ["eager", "openvino", "ours-openvino-bf16", "helper-bf16"]
+    chosen = {name: arm for name, arm in all_arms().items() if name in names and arm.refuse(CASE) is None}
+    cases = list(expand(CASE, chosen, [2]))
+    rows = {row.case.arm: row for row in run_cases(cases, chosen, QUICK, ResultsFile(tmp_path / "rows.json"), FACTS)}
+    assert {row.status for row in rows.values()} == {"measured"}, [row.reason for row in rows.values()]
+    assert rows["openvino"].measured.error is not None
+    assert rows["openvino"].measured.error < 1e-5
+    assert rows["openvino"].measured.kinds == "FFFF"
+    for name in names[2:]:
+        if name in rows:
+            assert rows[name].measured.error is not None
+            assert 1e-4 < rows[name].measured.error < 0.5
+            assert rows[name].measured.kinds == "FsFs"
 
 
 def test_what_is_compared_with_the_published_code_repeats_the_cached_feature() -> None:
@@ -403,7 +436,7 @@ def test_a_new_default_pass_is_a_new_arm(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_arm_that_caches_nothing_is_measured_once_for_all_intervals() -> None:
-    arms = select_arms("eager,helper*", all_arms())
+    arms = select_arms("eager,helper,helper-c*", all_arms())
     cases = list(expand(CASE, arms, [2, 3]))
     assert [(c.arm, c.interval) for c in cases] == [("eager", 1), ("helper", 2), ("helper", 3), ("helper-compile", 3)]
 

@@ -77,7 +77,7 @@ def test_a_speedup_that_the_times_do_not_bear_out_is_not_told(
     baseline: tuple[float, ...], shown: str, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = torch.zeros(1, 3, 16, 16)
-    told = types.SimpleNamespace(backend="eager", forced_full={}, original_reasons={})
+    told = types.SimpleNamespace(backend="eager", precision=None, forced_full={}, original_reasons={})
     found = small.comparison(
         image, image, baseline_seconds=baseline, optimized_seconds=(2.0, 2.0, 2.0), reports=(told,)
     )
@@ -119,7 +119,9 @@ def test_ctrl_c_while_sampling_is_130_and_leaves_no_file(
 def test_ctrl_c_while_writing_leaves_no_file(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def finished(*_: object, **__: object) -> object:
         image = torch.zeros(1, 3, 16, 16)
-        return small.comparison(image, image, reports=(types.SimpleNamespace(backend="eager", forced_full={}),))
+        return small.comparison(
+            image, image, reports=(types.SimpleNamespace(backend="eager", precision=None, forced_full={}),)
+        )
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

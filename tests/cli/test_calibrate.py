@@ -93,9 +93,18 @@ def test_the_models_own_prompts_are_used_where_none_are_given(model: str, monkey
     monkeypatch.setattr(cli_calibrate, "calibrate", calibrate)
     monkeypatch.setattr("deepcache_fx.cli.loading.read_prompts", lambda _: ("a cow",))
     command = ["--model", model, "--target-error", "0.1", "--out", "a.json", "--forecast", "0,2", "--branch", "1,0"]
-    refused([*command, "--metric", "images", "--batch-size", "4", "--backend", "eager"], "height must be a multiple")
+    refused(
+        [*command, "--metric", "images", "--batch-size", "4", "--backend", "openvino", "--precision", "fp32"],
+        "height must be a multiple",
+    )
     expected = dict(budget=None, target_error=0.1, forecast=(0, 2), branch=(1, 0), metric="images", trials=100)
-    expected |= dict(batch_size=4, steps=50, seed=0, prompts=("a cow",), optimize_arguments={"backend": "eager"})
+    expected |= dict(
+        batch_size=4,
+        steps=50,
+        seed=0,
+        prompts=("a cow",),
+        optimize_arguments={"backend": "openvino", "precision": "fp32"},
+    )
     assert {name: asked[name] for name in expected} == expected
 
 

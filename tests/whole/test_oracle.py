@@ -172,3 +172,16 @@ def test_inductor_gives_the_published_latents_within_1e_4_without_recompiling(ki
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
     assert not counters["recompiles"]
+
+
+@pytest.mark.parametrize("kind", family(COMPILED, "smallest"))
+def test_openvino_gives_the_published_latents_within_1e_5(kind: str) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    pipe = COMPILED[kind]()
+    with specified(pipe, {0, 3, 6, 9}, 0):
+        expected = models.generate(pipe, STEPS)
+    with deepcache_fx.optimized(pipe, interval=3, backend="openvino", forecast=0):
+        latents = models.generate(pipe, STEPS)
+        report = deepcache_fx.report(pipe)
+    assert agree(latents, expected, REPEATING)
+    assert (report.backend, report.precision, report.last_run) == ("openvino", "fp32", "FssFssFssF")

@@ -189,6 +189,22 @@ def test_equals_the_operand_replaced_by_the_one_of_the_last_full_step(make: Call
             assert report.captures == 1
 
 
+@pytest.mark.parametrize("make", family(CASES, cifar10), ids=lambda make: make.__name__)
+def test_openvino_gives_what_the_graphs_give(make: Callable[[], Case]) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    torch.manual_seed(0)
+    case = make()
+    unet = case[0].eval()
+    timesteps = torch.tensor([900, 800, 700])
+    branch = BRANCHES.get(make, (1,))[0]
+    found = {}
+    for backend in ("eager", "openvino"):
+        with deepcache_fx.optimized(unet, interval=3, branch=branch, forecast=1, backend=backend):
+            found[backend] = run(lambda step, *args, **kwargs: unet(*args, **kwargs), case, timesteps)
+            assert deepcache_fx.report(unet).backend == backend
+    assert agree(found["openvino"], found["eager"], REPEATING)
+
+
 def test_compvis_blocks_are_grouped_by_resolution() -> None:
     unet = CompVisUNet(mult=(1, 2), blocks=1)
     inputs = {"x": torch.randn(2, 4, 8, 8), "timesteps": torch.tensor([1, 1]), "context": torch.randn(2, 3, 6)}
