@@ -3,8 +3,8 @@
     program(x, t, ...) -> outputs            tensors in and out are PyTorch's memory, which OpenVINO reads and writes
 
 OpenVINO packs weights, and folds what follows from them, when it compiles; others it reads where they lie. A change of
-a weight needs another program: the runtime looks for changes at the start of every run, but nobody counts those in
-place through `parameter.data`, of which a program may see a part.
+a weight needs another program: the runtime looks for changes at the start of every run. Those in place through
+`parameter.data` nobody counts; they are seen by some of the values of each weight (see `graph.weights.stamps`).
 
 OpenVINO computes int64 in int32. float64 and random operators, which it would compute in float32 and draw from a
 generator of its own, are refused.

@@ -38,10 +38,35 @@ def held(graph: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield from unwrapped(tensor)
 
 
-def stamps(tensors: Iterable[torch.Tensor], *, addresses: bool) -> list[tuple[int, int]]:
-    """Others where a tensor has been written into (not through `.data`, which is not counted) or, asked for, moved."""
+Stamp = tuple[int, int, bytes]
+
+
+def stamps(tensors: Iterable[torch.Tensor], *, addresses_and_samples: bool) -> list[Stamp]:
+    """Others where a tensor has been written into or, asked for, moved.
+
+    PyTorch counts what is written into a tensor, but not through `.data`, as when a LoRA is added in place. So, asked
+    for, some of the values are read as well, on a CPU, where nothing has to be waited for.
+    """
     inside = [one for tensor in tensors for one in unwrapped(tensor)]
-    return [(0 if t.is_inference() else t._version, t.data_ptr() if addresses else 0) for t in inside]
+    counts = [0 if t.is_inference() else t._version for t in inside]
+    if not addresses_and_samples:
+        return [(count, 0, b"") for count in counts]
+    return [(count, t.data_ptr(), _sample(t)) for count, t in zip(counts, inside, strict=True)]
+
+
+_SAMPLED = 64
+
+
+def _sample(tensor: torch.Tensor) -> bytes:
+    """Some of a tensor's values, evenly spaced in its memory."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.numel():
+        return b""
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if reach != tensor.numel():
+        return b""  # not dense: some of that memory may belong to others
+    count = min(tensor.numel(), _SAMPLED)
+    values = tensor.detach().as_strided((count,), (tensor.numel() // count,))
+    return bytes(values.contiguous().view(torch.uint8).numpy())
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from deepcache_fx.execution import memory_format
 from deepcache_fx.execution.compile import copies_weights, freezes, pick_backend
 from deepcache_fx.graph.capture import CAPTURE_LOCK
-from deepcache_fx.graph.weights import stamps
+from deepcache_fx.graph.weights import Stamp, stamps
 from deepcache_fx.guards.fingerprint import Fingerprint, Settings
 from deepcache_fx.guards.side_effects import SideEffects, Watched
 from deepcache_fx.options import Options
@@ -25,7 +25,7 @@ class ModelState:
         self._fingerprint = Fingerprint()
         self._effects = SideEffects()
         self._copied = self._frozen = False
-        self._values: list[tuple[int, int]] = []
+        self._values: list[Stamp] = []
 
     def settings(self, module: torch.nn.Module, device: torch.device, *, at_run_start: bool) -> Settings:
         """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first.
@@ -67,9 +67,9 @@ class ModelState:
         if self._copied:
             self._values = self._stamps()
 
-    def _stamps(self) -> list[tuple[int, int]]:
-        """With addresses where weights are known to be copied: what lies elsewhere may have other values."""
-        return stamps(self._fingerprint.weights(), addresses=self._frozen)
+    def _stamps(self) -> list[Stamp]:
+        """In full where weights are known to be copied: what lies elsewhere, too, may have other values."""
+        return stamps(self._fingerprint.weights(), addresses_and_samples=self._frozen)
 
     def weights(self) -> tuple[torch.Tensor, ...]:
         """All of the model's, as last looked at (see `Fingerprint.weights`)."""
