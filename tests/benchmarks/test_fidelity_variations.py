@@ -58,6 +58,7 @@ def test_positions_leave_the_scheduler_as_it_is() -> None:
     assert torch.equal(scheduler.timesteps, before)
 
 
+@thorough
 def test_over_evenly_spaced_timesteps_the_abscissa_makes_no_difference_and_over_sigma_it_does(model: Model) -> None:
     by_step = images(model, "forecast-1")
     assert torch.allclose(images(model, "forecast-1-over-timestep"), by_step, atol=1e-5)

@@ -156,6 +156,7 @@ def test_whatever_happens_to_the_weights_within_a_run_is_seen_by_the_next_step(s
     assert deepcache_fx.report(unet).captures == 1
 
 
+@thorough
 def test_a_model_that_shares_memory_with_another_sees_its_own_values() -> None:
     """As after load_state_dict(assign=True) from another: parameters of its own over the same storages."""
     unet, twin = CompVisUNet(), CompVisUNet()

@@ -12,6 +12,7 @@ from deepcache_fx.execution.core_operators import decompositions, in_core_operat
 from deepcache_fx.graph.capture import capture
 from deepcache_fx.graph.signature import CallReader
 from tests.compvis import CompVisUNet
+from tests.families import thorough
 
 aten = torch.ops.aten
 
@@ -52,6 +53,7 @@ def test_no_composite_is_left_but_what_is_to_stay_whole_and_the_values_are_the_s
     torch.testing.assert_close(result(*inputs), module(*inputs))
 
 
+@thorough
 def test_equal_calls_are_traced_once(monkeypatch: Any) -> None:
     module, _ = captured()
     traced: list[str] = []

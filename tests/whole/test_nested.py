@@ -146,6 +146,7 @@ def test_a_deeper_step_is_closer_to_the_uncached_result() -> None:
     assert errors[1] < errors[0]
 
 
+@thorough
 def test_a_pipeline_follows_it_and_a_window_passes_it_on() -> None:
     pipe = models.sd_pipeline()
     with deepcache_fx.optimized(pipe, schedule=Window(1, -1, Nested(4, {(1, 0): 2})), forecast=1, backend="eager"):
