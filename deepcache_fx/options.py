@@ -39,6 +39,37 @@ class Options:
     on_failure: Literal["raise", "uncached"] = "raise"
     ignore: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Validate, for `make`.
+
+        Raises:
+            OptionError: (always also a ValueError) naming the value, the range and the remedy.
+        """
+        if self.mode is not None and self.options is not None:
+            raise OptionError("torch.compile takes mode or options, not both: leave one out")
+        if not (isinstance(self.backend, str) or callable(self.backend)):
+            raise OptionError(f"backend must be a name or a torch.compile backend function, got {self.backend!r}")
+        if self.precision not in PRECISIONS:
+            raise OptionError(f'precision must be "fp32", "bf16" or None, got {self.precision!r}')
+        if self.precision == "bf16" and self.backend not in ("auto", "openvino"):
+            raise OptionError(
+                f"precision='bf16' is for backend='openvino', not for {self.backend!r}: PyTorch computes in the types "
+                "that the model has, so cast it with .to(torch.bfloat16)"
+            )
+        if self.mode is not None and self.backend == "openvino":
+            raise OptionError(f"mode is torch.compile's, and backend='openvino' has none: leave {self.mode!r} out")
+        if not isinstance(self.cuda_graphs, bool) and self.cuda_graphs != "auto":
+            raise OptionError(f'cuda_graphs must be "auto", True or False, got {self.cuda_graphs!r}')
+        if isinstance(self.forecast, bool) or self.forecast not in ("auto", 0, 1, 2):
+            raise OptionError(f'forecast must be "auto", 0 (repeat the cached feature), 1 or 2, got {self.forecast!r}')
+        if isinstance(self.max_captures, bool) or not isinstance(self.max_captures, int) or self.max_captures < 1:
+            raise OptionError(f"max_captures must be an integer of at least 1, got {self.max_captures!r}")
+        if self.on_failure not in ("raise", "uncached"):
+            raise OptionError(f'on_failure must be "raise" or "uncached", got {self.on_failure!r}')
+        for item in self.passes:
+            if not callable(item):
+                raise OptionError(f"passes takes PassBase objects or functions of a GraphModule, got {item!r}")
+
     @property
     def order(self) -> int:
         """Of the forecast that programs are made for; a run may use a lower one."""
@@ -62,59 +93,21 @@ class Options:
         schedule: object = None,
         passes: Sequence[Callable[..., Any]] = (),
         disable: Sequence[str] | str = (),
-        backend: str | Callable[..., Any] = "auto",
-        precision: str | None = None,
-        mode: str | None = None,
-        options: Mapping[str, Any] | None = None,
-        cuda_graphs: bool | Literal["auto"] = "auto",
-        forecast: Forecast = "auto",
-        max_captures: int = 8,
-        on_failure: Literal["raise", "uncached"] = "raise",
         ignore: Sequence[str] | str = (),
+        **others: Any,
     ) -> Options:
-        """Validate the keyword arguments of `optimize`.
+        """Of the keyword arguments of `optimize`: those named here may have several forms, and are brought into one.
 
         Raises:
             DeepCacheError: (always also a ValueError) naming the value, the range and the remedy.
         """
-        if mode is not None and options is not None:
-            raise OptionError("torch.compile takes mode or options, not both: leave one out")
-        if not (isinstance(backend, str) or callable(backend)):
-            raise OptionError(f"backend must be a name or a torch.compile backend function, got {backend!r}")
-        if precision not in PRECISIONS:
-            raise OptionError(f'precision must be "fp32", "bf16" or None, got {precision!r}')
-        if precision == "bf16" and backend not in ("auto", "openvino"):
-            raise OptionError(
-                f"precision='bf16' is for backend='openvino', not for {backend!r}: PyTorch computes in the types that "
-                "the model has, so cast it with .to(torch.bfloat16)"
-            )
-        if mode is not None and backend == "openvino":
-            raise OptionError(f"mode is torch.compile's, and backend='openvino' has none: leave {mode!r} out")
-        if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
-            raise OptionError(f'cuda_graphs must be "auto", True or False, got {cuda_graphs!r}')
-        if isinstance(forecast, bool) or forecast not in ("auto", 0, 1, 2):
-            raise OptionError(f'forecast must be "auto", 0 (repeat the cached feature), 1 or 2, got {forecast!r}')
-        if isinstance(max_captures, bool) or not isinstance(max_captures, int) or max_captures < 1:
-            raise OptionError(f"max_captures must be an integer of at least 1, got {max_captures!r}")
-        if on_failure not in ("raise", "uncached"):
-            raise OptionError(f'on_failure must be "raise" or "uncached", got {on_failure!r}')
-        for item in passes:
-            if not callable(item):
-                raise OptionError(f"passes takes PassBase objects or functions of a GraphModule, got {item!r}")
         return Options(
             schedule=Uniform(interval) if schedule is None else as_schedule(schedule),
             branch=check_branch(branch),
             passes=tuple(passes),
             disable=(disable,) if isinstance(disable, str) else tuple(disable),
-            backend=backend,
-            precision=precision,
-            mode=mode,
-            options=options,
-            cuda_graphs=cuda_graphs,
-            forecast=forecast,
-            max_captures=max_captures,
-            on_failure=on_failure,
             ignore=_check_ignore(ignore),
+            **others,
         )
 
 
