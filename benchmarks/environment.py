@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "diffusers", "DeepCache", "pruna")
+PACKAGES = ("torch", "triton", "diffusers", "DeepCache", "openvino", "pruna")
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def draw(title: str, rows: Sequence[Result], directory: Path) -> list[str]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{title} {measured[0].case.device}".lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{title} {measured[0].environment['device_name']}".lower()).strip("-")
     names = []
     for kind, make in (("speedup", _speedup), ("steps", _steps)):
         figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")

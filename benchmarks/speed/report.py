@@ -84,6 +84,11 @@ def _pair(first: object, second: object) -> str:
     return " / ".join(str(item) for item in (first, second) if item is not None)
 
 
+def _kernels(row: Result) -> str:
+    """PyTorch's profiler sees none of OpenVINO's."""
+    return "" if "openvino" in row.case.arm else _pair(row.measured.kernels_full, row.measured.kernels_shallow)
+
+
 def _mebibytes(value: int | None) -> str:
     return "" if value is None else f"{value / 2**20:.0f}"
 
@@ -104,7 +109,7 @@ COLUMNS: tuple[Column, ...] = (
     ("x itself uncached", lambda r, rows: _number(r.derived.over_itself)),
     ("MAC bound", lambda r, rows: _number(r.derived.bound)),
     ("x floor", lambda r, rows: _number(r.derived.floor_distance)),
-    ("kernels", lambda r, rows: _pair(r.measured.kernels_full, r.measured.kernels_shallow)),
+    ("kernels", lambda r, rows: _kernels(r)),
     ("launches", lambda r, rows: _pair(r.measured.launches_full, r.measured.launches_shallow)),
     ("host, ms", lambda r, rows: _times(r.measured.host_shallow or r.measured.host_full)),
     ("first run, s", lambda r, rows: _pair(*(_seconds(r.measured.cold_seconds), _seconds(r.measured.warm_seconds)))),
@@ -124,7 +129,7 @@ Times are medians, with the 20 % and 80 % quantiles in brackets; arms were measu
 - *x floor*: time of the shallow step (where there is none, of the full one) over its roofline floor: every contraction
   at this device's measured matrix rate or copy rate, whichever takes longer.
 - *kernels*, *launches*: of a full / a shallow step. On a CPU, kernels are outermost ATen operators: what Inductor
-  generated is not among them.
+  generated is not among them, and nothing of OpenVINO's is seen.
 - *host*: from the call of a shallow (else a full) step to its return, on an idle device.
 - *first run*: two steps with everything that happens once, with cold / warm compilation caches.
 - *peak*: allocated above the weights.

@@ -81,6 +81,18 @@ TARGETS: tuple[Target, ...] = (
     *_on_gpu("sdxl", share=0.04, uncached=2.75, eager=3.7, helper=1.4, cold=240.0),
     Target("loop over eager", "sd15", "cpu", "ours-eager", 3, _over("eager", 1), 2.3),
     *(Target("loop over DeepCacheSDHelper", "sd15", "cpu", "ours-eager", n, _over("helper"), 1.0) for n in (2, 3, 6)),
+    Target("loop over eager", "sd15", "cpu", "ours-openvino", 3, _over("eager", 1), 3.5),
+    *(
+        Target("loop over DeepCacheSDHelper", "sd15", "cpu", "ours-openvino", n, _over("helper"), 1.2)
+        for n in (2, 3, 6)
+    ),
+    *(
+        Target("loop over our eager arm", "sd15", "cpu", "ours-openvino", n, _over("ours-eager"), 1.0)
+        for n in (2, 3, 6)
+    ),
+    Target("first run with cold caches, s", "sd15", "cpu", "ours-openvino", 3, _cold, 30.0, at_most=True),
+    Target("loop over eager", "sd15", "cpu", "ours-openvino-bf16", 3, _over("eager", 1), 6.0),
+    Target("loop over eager in bfloat16", "sd15", "cpu", "ours-openvino-bf16", 3, _over("eager-bf16", 1), 2.9),
 )
 
 
