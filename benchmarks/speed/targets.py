@@ -23,10 +23,13 @@ class Target:
     value: Value
     limit: float
     at_most: bool = False
+    latent: int | None = None
+    """The height of the latents; None for any."""
 
     def applies(self, row: Result) -> bool:
         case = row.case
-        return case.model == self.model and case.batch == 1 and case.device.startswith(self.device)
+        is_size = self.latent in (None, case.height)
+        return is_size and case.model == self.model and case.batch == 1 and case.device.startswith(self.device)
 
     def met(self, reached: float) -> bool:
         return reached <= self.limit if self.at_most else reached >= self.limit
@@ -76,23 +79,29 @@ def _on_gpu(model: str, share: float, uncached: float, eager: float, helper: flo
     ]
 
 
+def _on_cpu(latent: int, intervals: Sequence[int], eager: float, bf16: float) -> list[Target]:
+    def target(what: str, arm: str, interval: int, value: Value, limit: float) -> Target:
+        return Target(what, "sd15", "cpu", arm, interval, value, limit, latent=latent)
+
+    return [
+        target("loop over eager", "ours-eager", 3, _over("eager", 1), 2.3),
+        *(target("loop over DeepCacheSDHelper", "ours-eager", n, _over("helper"), 1.0) for n in intervals),
+        target("loop over eager", "ours-openvino", 3, _over("eager", 1), eager),
+        *(target("loop over DeepCacheSDHelper", "ours-openvino", n, _over("helper"), 1.2) for n in intervals),
+        *(target("loop over our eager arm", "ours-openvino", n, _over("ours-eager"), 1.0) for n in intervals),
+        target("loop over eager", "ours-openvino-bf16", 3, _over("eager", 1), bf16),
+    ]
+
+
 TARGETS: tuple[Target, ...] = (
     *_on_gpu("sd15", share=0.12, uncached=2.4, eager=5.0, helper=2.2, cold=120.0),
     *_on_gpu("sdxl", share=0.04, uncached=2.75, eager=3.7, helper=1.4, cold=240.0),
-    Target("loop over eager", "sd15", "cpu", "ours-eager", 3, _over("eager", 1), 2.3),
-    *(Target("loop over DeepCacheSDHelper", "sd15", "cpu", "ours-eager", n, _over("helper"), 1.0) for n in (2, 3, 6)),
-    Target("loop over eager", "sd15", "cpu", "ours-openvino", 3, _over("eager", 1), 3.5),
-    *(
-        Target("loop over DeepCacheSDHelper", "sd15", "cpu", "ours-openvino", n, _over("helper"), 1.2)
-        for n in (2, 3, 6)
+    *_on_cpu(32, (2, 3, 6), eager=3.5, bf16=6.0),
+    *_on_cpu(64, (3,), eager=3.2, bf16=5.3),
+    Target(
+        "loop over eager in bfloat16", "sd15", "cpu", "ours-openvino-bf16", 3, _over("eager-bf16", 1), 2.9, latent=32
     ),
-    *(
-        Target("loop over our eager arm", "sd15", "cpu", "ours-openvino", n, _over("ours-eager"), 1.0)
-        for n in (2, 3, 6)
-    ),
-    Target("first run with cold caches, s", "sd15", "cpu", "ours-openvino", 3, _cold, 30.0, at_most=True),
-    Target("loop over eager", "sd15", "cpu", "ours-openvino-bf16", 3, _over("eager", 1), 6.0),
-    Target("loop over eager in bfloat16", "sd15", "cpu", "ours-openvino-bf16", 3, _over("eager-bf16", 1), 2.9),
+    Target("first run with cold caches, s", "sd15", "cpu", "ours-openvino", 3, _cold, 30.0, at_most=True, latent=32),
 )
 
 
@@ -105,6 +114,7 @@ def targets_table(groups: Sequence[Sequence[Result]]) -> str:
         bound = f"{'<=' if target.at_most else '>='} {target.limit:g}"
         verdict = "not measured" if reached is None else "met" if target.met(reached) else "**missed**"
         value = "" if reached is None else f"{reached:.3g}"
-        where = f"{target.arm}, 1:{target.interval}"
+        size = f", {target.latent}x{target.latent}" if target.latent is not None else ""
+        where = f"{target.arm}, 1:{target.interval}{size}"
         lines.append(f"| {target.device} | {target.model} | {where} | {target.what} | {bound} | {value} | {verdict} |")
     return "\n".join(lines)
