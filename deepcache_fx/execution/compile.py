@@ -126,7 +126,7 @@ def compile_variant(variant: fx.GraphModule, options: Options, device: torch.dev
 
     Dynamo's guards are left out: the runtime calls a program only for the signature and settings it was made for.
     Inductor's own CUDA graphs, which some modes switch on, are left out too: they hand out memory that the next call
-    overwrites, and the cached feature outlives it. The runtime records its own (see `recorded`).
+    overwrites, and the cached feature outlives it. The runtime records its own (see `cuda_graph_programs`).
 
     Raises:
         CompileError: torch.compile knows no such backend, Inductor no such mode, or OpenVINO cannot take the graph.

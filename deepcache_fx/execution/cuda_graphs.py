@@ -1,4 +1,4 @@
-"""What records and replays CUDA graphs on a device; see `recorded` for what is recorded, and how."""
+"""What records and replays CUDA graphs on a device; see `cuda_graph_programs` for what is recorded, and how."""
 
 from __future__ import annotations
 

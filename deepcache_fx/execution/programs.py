@@ -26,7 +26,7 @@ class FeatureCache:
 
     `steps` are those of the refreshes of each cut, newest first. `values` are as many histories, the oldest values
     repeated where there have been too few refreshes; None while they live in static buffers that several calls share
-    (see `recorded.CudaGraphPrograms`).
+    (see `cuda_graph_programs.CudaGraphPrograms`).
     """
 
     __slots__ = ("__weakref__", "degree", "steps", "values")
