@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,9 +46,6 @@ class Measured:
     def exchange(self) -> float:
         """How many deeper steps, in place of shallow ones, cost what a full one does in place of a shallow one."""
         return (self.full_macs - self.shallow_macs) / max(1, self.deeper_macs - self.shallow_macs)
-
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
