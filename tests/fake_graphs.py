@@ -112,7 +112,7 @@ class FakeRecorder:
         self.fail: list[str] = []
         """Recordings that are to fail, by their order: pop the first at each."""
         self.is_usable = True
-        self.begun = self.kept = self.finished = 0
+        self.begun = self.kept = self.finished = self.freed = 0
 
     def check(self) -> None:
         assert self.lock._is_owned(), "the recorder is used without its lock"  # type: ignore[attr-defined]
@@ -141,6 +141,10 @@ class FakeRecorder:
     def finish(self) -> None:
         self.check()
         self.finished += 1
+
+    def free(self) -> None:
+        self.check()
+        self.freed += 1
 
     def spoil_outputs(self) -> None:
         for graph in self.graphs:

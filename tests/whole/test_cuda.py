@@ -142,6 +142,37 @@ def test_a_shallow_step_takes_the_host_less_than_60_microseconds() -> None:
     assert sorted(times[10:])[len(times) // 2] < 60e-6
 
 
+def waits(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A pass after which a step reads a value: recording it fails."""
+
+    def read(x: torch.Tensor) -> torch.Tensor:
+        return x + 0 * float(x.flatten()[0].item())
+
+    node = next(iter(graph.graph.find_nodes(op="placeholder")))
+    with graph.graph.inserting_after(node):
+        new = graph.graph.call_function(read, (node,))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    graph.recompile()
+    return graph
+
+
+def test_a_recording_that_fails_leaves_the_process_as_it_was(expected: torch.Tensor) -> None:
+    before = deepcache_fx.optimize(CompVisUNet().cuda(), backend="eager", cuda_graphs=True)
+    denoise(before)
+    broken = deepcache_fx.optimize(CompVisUNet().cuda(), backend="eager", cuda_graphs=True, passes=[waits])
+    for _ in range(2):
+        close(denoise(broken), expected)
+    assert deepcache_fx.report(broken).signatures[0].cuda_graphs.startswith("not recorded: full step: ")
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(3, device="cuda").isfinite().all()
+    assert torch.equal(denoise(before), expected)
+    after = deepcache_fx.optimize(CompVisUNet().cuda(), backend="eager", cuda_graphs=True)
+    assert torch.equal(denoise(after), expected)
+    assert torch.equal(denoise(before), expected)
+    assert deepcache_fx.report(after).signatures[0].cuda_graphs == "recorded"
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_second_gpu_is_used_while_the_first_is_current(expected: torch.Tensor) -> None:
     unet = deepcache_fx.optimize(CompVisUNet().to("cuda:1"))
