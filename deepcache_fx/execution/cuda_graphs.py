@@ -127,8 +127,10 @@ class CudaRecorder:
 
 
 _STREAMS: dict[int, torch.cuda.Stream] = {}
-"""By device, what graphs are recorded on, one at a time. For every stream that has ever multiplied matrices PyTorch keeps
-a workspace of up to 32 MB: those of one stream for every model would add up."""
+"""By device, what graphs are recorded on, one at a time.
+
+PyTorch keeps up to 32 MB of workspace for each stream that has ever multiplied matrices: one a model would add up.
+"""
 
 
 def _stream(device: int) -> torch.cuda.Stream:
