@@ -16,8 +16,8 @@ def switches() -> Hashable:
     use.
     """
     return (
-        _C._get_fp32_precision_getter("cuda", "matmul"),
-        _C._get_fp32_precision_getter("cuda", "conv"),
+        _precision("matmul"),
+        _precision("conv"),
         _C._get_cublas_allow_fp16_reduced_precision_reduction(),
         _C._get_cublas_allow_bf16_reduced_precision_reduction(),
         _C._get_cublas_allow_fp16_accumulation(),
@@ -30,3 +30,9 @@ def switches() -> Hashable:
         _C._get_cudnn_sdp_enabled(),
         _C._get_math_sdp_allow_fp16_bf16_reduction(),
     )
+
+
+def _precision(operation: str) -> str:
+    """Of float32 on CUDA; where nobody has said anything that is float32 itself."""
+    precision: str = _C._get_fp32_precision_getter("cuda", operation)
+    return "ieee" if precision == "none" else precision
