@@ -47,6 +47,11 @@ class Options:
         """
         if self.mode is not None and self.options is not None:
             raise OptionError("torch.compile takes mode or options, not both: leave one out")
+        if (self.options or {}).get("triton.cudagraphs"):
+            raise OptionError(
+                "options['triton.cudagraphs'] would have cached features overwritten: leave it out, cuda_graphs=True "
+                "records the programs as CUDA graphs"
+            )
         if not (isinstance(self.backend, str) or callable(self.backend)):
             raise OptionError(f"backend must be a name or a torch.compile backend function, got {self.backend!r}")
         if self.precision not in PRECISIONS:

@@ -107,6 +107,21 @@ class Captures(OrderedDict[Hashable, E]):
                     self.move_to_end(key)
         return settings, entry
 
+    def give_up(self, key: Hashable) -> None:
+        """Let go of one, if it is there."""
+        with CAPTURE_LOCK:
+            old = self.pop(key, None)
+        if old is not None:
+            old.release()
+
+    def release(self) -> None:
+        """Let go of all of them, and give back what they hold on the device."""
+        with CAPTURE_LOCK:
+            dropped = list(self.values())
+            self.clear()
+        for old in dropped:  # not under the lock, as above
+            old.release()
+
 
 def _bind_all(
     entries: OrderedDict[Hashable, E],

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from deepcache_fx.errors import DeepCacheError, ScheduleError, Uncapturable
+from deepcache_fx.errors import CompileError, DeepCacheError, ScheduleError, Uncapturable
 from deepcache_fx.execution.assemble import Entry, assemble
 from deepcache_fx.execution.compile import name_of, pick_backend
 from deepcache_fx.execution.cuda_graphs import Recorder
@@ -43,6 +43,10 @@ class Follower(Protocol):
     def pipeline(self) -> Any: ...
 
     def stop(self) -> None: ...
+
+    def undo_layout(self) -> None: ...
+
+    def release(self) -> None: ...
 
     def report(self) -> ControlNetReport | None: ...
 
@@ -125,6 +129,8 @@ class Runtime:
         self.counts = Counts()
         self.device: torch.device | None = None
         self.on_first_failure: Callable[[torch.nn.Module], object] = lambda module: None
+        self.kept_by = 0
+        """How many with blocks are going to bring this runtime back."""
         self._followers: list[Follower] = []
         self.model_state = ModelState(options)
         self._entries: Captures[Entry] = Captures(options.max_captures)
@@ -138,6 +144,30 @@ class Runtime:
         self._entries, self.recorders, self.model_state = before._entries, before.recorders, before.model_state
         self.device = before.device
 
+    def shares_programs(self, other: Runtime) -> bool:
+        """True where either has adopted the other's programs."""
+        return self._entries is other._entries
+
+    def undo_layout(self) -> None:
+        """Give weights the strides that the model had them in."""
+        self.model_state.restore()
+        for follower in self._followers:
+            follower.undo_layout()
+
+    def release(self) -> None:
+        """Give all memory back: programs, recorded graphs and their buffers, cached features of every thread.
+
+        Should it be called again, it captures anew. Not to be called under `CAPTURE_LOCK`.
+        """
+        self._state = ThreadState()
+        self._entries.release()
+        for follower in self._followers:
+            follower.release()
+        self.model_state.restore()
+        for recorder in self.recorders.values():
+            with recorder.lock:
+                recorder.free()
+
     # What schedulers announce.
 
     def follow(self, follower: Follower) -> None:
@@ -145,6 +175,7 @@ class Runtime:
         for known in self._followers:
             if known.pipeline() is None:
                 known.stop()
+                known.release()
         self._followers = [*self.followers(), follower]
         follower()
 
@@ -237,6 +268,16 @@ class Runtime:
             with torch.no_grad():
                 return self._step(state, module, call)
         except Uncapturable as error:
+            return self._original(str(error), module, args, kwargs)
+        except CompileError as error:
+            state.forget()
+            if self.options.on_failure == "raise":
+                if not self.counts.full:
+                    self.on_first_failure(module)
+                raise
+            structure = self.model_state.settings(module, call.sample.device, at_run_start=False).structure
+            self._entries.give_up((structure, call.key))
+            self._note_failure((structure, call.key), error)
             return self._original(str(error), module, args, kwargs)
         except BaseException:
             state.forget()
@@ -403,32 +444,24 @@ class Runtime:
             raise
         except DeepCacheError as error:
             if self.options.on_failure == "raise":
+                if not self._entries.made:
+                    self.on_first_failure(module)
                 raise
-            if len(self._failures) >= _FAILURES_KEPT:
-                self._failures.clear()
-            self._failures[settings.structure, call.key] = str(error)
+            self._note_failure((settings.structure, call.key), error)
             raise Uncapturable(str(error)) from error
+
+    def _note_failure(self, key: Hashable, error: DeepCacheError) -> None:
+        if len(self._failures) >= _FAILURES_KEPT:
+            self._failures.clear()
+        self._failures[key] = str(error)
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
-        try:
-            refuse_layerwise_offload(module, call.sample.device)
-            with self.model_state.watching(module, call.objects()) as watched:
-                captured = capture(module, call, self.reader, self.model_class)
-                watched.captured(captured.graph)
-            entry = assemble(
-                captured,
-                call,
-                self.options,
-                name=self.model_class.__name__,
-                recorders=self.recorders,
-            )
-        except Uncapturable:
-            raise
-        except DeepCacheError:
-            if not self._entries.made and self.options.on_failure == "raise":
-                self.on_first_failure(module)
-            raise
+        refuse_layerwise_offload(module, call.sample.device)
+        with self.model_state.watching(module, call.objects()) as watched:
+            captured = capture(module, call, self.reader, self.model_class)
+            watched.captured(captured.graph)
+        entry = assemble(captured, call, self.options, name=self.model_class.__name__, recorders=self.recorders)
         self.device = call.sample.device
         entry.seconds = time.perf_counter() - started
         return entry
