@@ -20,6 +20,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from passes.shared.match import eliminate_dead_code, is_op, is_view, tensor, value
+from passes.shared.sizes import layout
 
 aten = torch.ops.aten
 
@@ -34,14 +35,14 @@ def _is_division_by_one(node: fx.Node) -> bool:
     if before is None or after is None:
         return False
     # Integer division makes floats; division of a tensor with gaps or repeats makes a dense one.
-    return (before.dtype, before.stride()) == (after.dtype, after.stride()) and _may_share(node)
+    return (before.dtype, layout(before)[1]) == (after.dtype, layout(after)[1]) and _may_share(node)
 
 
 def _is_plain_clone(node: fx.Node) -> bool:
     if not is_op(node, aten.clone.default):
         return False
     before, after = tensor(node.args[0]), tensor(node)
-    if before is None or after is None or before.stride() != after.stride():
+    if before is None or after is None or layout(before)[1] != layout(after)[1]:
         return False
     return _may_share(node)
 
@@ -61,14 +62,14 @@ def _is_alias(node: fx.Node) -> bool:
         before, after = tensor(node.args[0]), tensor(node)
         if before is None or after is None:
             return False
-        return (before.shape, before.stride()) == (after.shape, after.stride())
+        return layout(before) == layout(after)
     if not is_op(node, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.contiguous.default):
         return False
     before, after = tensor(node.args[0]), tensor(node)
     if before is None or after is None:
         return False
     copies = bool(node.kwargs.get("copy")) or True in node.args[2:]
-    same = (before.dtype, before.device, before.stride()) == (after.dtype, after.device, after.stride())
+    same = (before.dtype, before.device, layout(before)[1]) == (after.dtype, after.device, layout(after)[1])
     return same and not copies
 
 
@@ -83,7 +84,7 @@ def _source_of_casts(node: fx.Node) -> fx.Node | None:
         return None
     floats = all(v.is_floating_point() for v in (first, middle, last))
     widens = first.dtype != middle.dtype == torch.promote_types(first.dtype, middle.dtype)
-    if not (floats and widens and first.stride() == last.stride()):
+    if not (floats and widens and layout(first)[1] == layout(last)[1]):
         return None
     assert isinstance(source, fx.Node)
     returned = any(user.op == "output" for user in node.users)

@@ -25,6 +25,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from passes.shared.match import is_op, is_view, tensor
+from passes.shared.sizes import symbols
 
 aten = torch.ops.aten
 
@@ -166,6 +167,8 @@ class ChooseAttention(PassBase):
             return None
         if arguments["dropout_p"] or arguments["enable_gqa"]:
             return None
+        if any(map(symbols, (q, k, v))):
+            return None  # which kernel is fastest depends on sizes that are not known
         mask = tensor(arguments["attn_mask"])
         if mask is not None and mask.dtype != q.dtype:
             return None  # a boolean mask: PyTorch converts it first
