@@ -40,6 +40,7 @@ def optimize(
     max_captures: int = 8,
     on_failure: Literal["raise", "uncached"] = "raise",
     ignore: Sequence[str] | str = (),
+    dynamic: bool | Literal["auto"] = False,
     example_inputs: ExampleInputs | None = None,
 ) -> T:
     """Make a UNet cache its deep feature from step to step (DeepCache, arXiv 2312.00858), as two static graphs.
@@ -84,6 +85,11 @@ def optimize(
         ignore: Arguments that never matter to the result, by name, or by a dotted path where an argument is a
             dictionary: "transformer_options.uuids". Another value there is no new capture: the graph goes on with what
             it was captured with. Tensors there are inputs as ever.
+        dynamic: One capture for many sizes: True captures height, width and batch as symbols, "auto" does so at the
+            second size, False captures each size by itself. Sizes for which the model takes another way (odd ones, a
+            batch of 1) get a capture of their own; a model that cannot be captured so goes on as with False, and
+            `report` says why. Backends other than eager still compile each size. A change of size within a run is a
+            full step.
         example_inputs: Arguments of a UNet call, by name or position: capture now instead of at the first call.
 
     Returns:
@@ -115,6 +121,7 @@ def optimize(
         max_captures=max_captures,
         on_failure=on_failure,
         ignore=ignore,
+        dynamic=dynamic,
     )
     module, pipeline = _resolve(target)
     check_attachable(module)

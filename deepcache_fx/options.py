@@ -38,6 +38,7 @@ class Options:
     max_captures: int = 8
     on_failure: Literal["raise", "uncached"] = "raise"
     ignore: tuple[str, ...] = ()
+    dynamic: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
         """Validate, for `make`.
@@ -65,6 +66,8 @@ class Options:
             raise OptionError(f"mode is torch.compile's, and backend='openvino' has none: leave {self.mode!r} out")
         if not isinstance(self.cuda_graphs, bool) and self.cuda_graphs != "auto":
             raise OptionError(f'cuda_graphs must be "auto", True or False, got {self.cuda_graphs!r}')
+        if not isinstance(self.dynamic, bool) and self.dynamic != "auto":
+            raise OptionError(f'dynamic must be "auto", True or False, got {self.dynamic!r}')
         if isinstance(self.forecast, bool) or self.forecast not in ("auto", 0, 1, 2):
             raise OptionError(f'forecast must be "auto", 0 (repeat the cached feature), 1 or 2, got {self.forecast!r}')
         if isinstance(self.max_captures, bool) or not isinstance(self.max_captures, int) or self.max_captures < 1:

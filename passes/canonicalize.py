@@ -22,6 +22,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from passes.shared.match import eliminate_dead_code, is_op, is_view, tensor, value
+from passes.shared.sizes import layout
 
 aten = torch.ops.aten
 
@@ -39,11 +40,11 @@ def _is_division_by_one(node: fx.Node) -> bool:
     if not is_op(node, aten.div.Tensor) or node.kwargs or isinstance(node.args[1], fx.Node) or node.args[1] != 1:
         return False
     # Integer division makes floats; division of a tensor with gaps or repeats makes a dense one.
-    return _is_same(node, lambda t: (t.dtype, t.stride())) and _may_share(node)
+    return _is_same(node, lambda t: (t.dtype, layout(t)[1])) and _may_share(node)
 
 
 def _is_plain_clone(node: fx.Node) -> bool:
-    return is_op(node, aten.clone.default) and _is_same(node, torch.Tensor.stride) and _may_share(node)
+    return is_op(node, aten.clone.default) and _is_same(node, lambda t: layout(t)[1]) and _may_share(node)
 
 
 def _may_share(node: fx.Node) -> bool:
@@ -58,11 +59,11 @@ def _is_alias(node: fx.Node) -> bool:
     if is_op(node, aten.dropout.default):
         return node.args[2] is False
     if is_op(node, *_SHAPES):
-        return _is_same(node, lambda t: (t.shape, t.stride()))
+        return _is_same(node, layout)
     if not is_op(node, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.contiguous.default):
         return False
     copies = bool(node.kwargs.get("copy")) or True in node.args[2:]
-    return _is_same(node, lambda t: (t.dtype, t.device, t.stride())) and not copies
+    return _is_same(node, lambda t: (t.dtype, t.device, layout(t)[1])) and not copies
 
 
 def _source_of_casts(node: fx.Node) -> fx.Node | None:
@@ -76,7 +77,7 @@ def _source_of_casts(node: fx.Node) -> fx.Node | None:
         return None
     floats = all(v.is_floating_point() for v in (first, middle, last))
     widens = first.dtype != middle.dtype == torch.promote_types(first.dtype, middle.dtype)
-    if not (floats and widens and first.stride() == last.stride()):
+    if not (floats and widens and layout(first)[1] == layout(last)[1]):
         return None
     assert isinstance(source, fx.Node)
     returned = any(user.op == "output" for user in node.users)

@@ -32,6 +32,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from passes.shared.cuda_recording import new_pool, new_stream, record
 from passes.shared.match import is_op, is_view, tensor
 from passes.shared.remembered import beside_the_compile_cache, remembered
+from passes.shared.sizes import symbols
 
 aten = torch.ops.aten
 
@@ -242,6 +243,8 @@ class ChooseAttention(PassBase):
             return None
         if arguments["dropout_p"] or arguments["enable_gqa"]:
             return None
+        if any(map(symbols, (q, k, v))):
+            return None  # which kernel is fastest depends on sizes that are not known
         mask = tensor(arguments["attn_mask"])
         if mask is not None and mask.dtype != q.dtype:
             return None  # a boolean mask: PyTorch converts it first

@@ -222,7 +222,7 @@ class ControlNetRuntime:
         run = self._state.run
         return ControlNetReport(
             model=self.model_class.__name__,
-            captures=self._entries.made,
+            captures=self._entries.captured,
             rebound=self._entries.rebound,
             full_calls=self._full,
             shallow_calls=self._shallow,

@@ -157,7 +157,6 @@ class OpenVINOProgram:
         found = {"input": tensors, "result": results}
         return [found[kind][value] if kind in found else value for kind, value in self._leaves]
 
-
     def node_times(self) -> list[NodeTime]:
         """Of the last call, for a program that was compiled with the property {"PERF_COUNT": True}."""
         operators = {

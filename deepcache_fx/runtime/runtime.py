@@ -29,6 +29,7 @@ from deepcache_fx.runtime.decision import StepDecision, decide
 from deepcache_fx.runtime.forecast_order import LISTENING_STEPS, ForecastOrder, order_of, order_with_noise
 from deepcache_fx.runtime.pairing import Expectation, PrecomputedInputs, UpcomingCall, pair
 from deepcache_fx.runtime.report import CaptureReport, ControlNetReport, Counts, CutReport, Report
+from deepcache_fx.runtime.sizes_met import SizesMet
 from deepcache_fx.runtime.slots import NO_FEATURE, Slot, Slots
 from deepcache_fx.runtime.steps import StepInfo, StepTracker, position_of, value_position
 from deepcache_fx.schedules.branch import Branch
@@ -137,12 +138,13 @@ class Runtime:
         self._failures: dict[Hashable, str] = {}
         """By settings and call, why there are no programs, where such calls run uncached."""
         self.recorders: dict[torch.device, Recorder] = {}
+        self.sizes_met = SizesMet(options)
         self._state = ThreadState()
 
     def adopt(self, before: Runtime) -> None:
         """Take over the programs of a runtime whose options differ in the schedule alone."""
         self._entries, self.recorders, self.model_state = before._entries, before.recorders, before.model_state
-        self.device = before.device
+        self.device, self.sizes_met = before.device, before.sizes_met
 
     def shares_programs(self, other: Runtime) -> bool:
         """True where either has adopted the other's programs."""
@@ -458,13 +460,37 @@ class Runtime:
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
         refuse_layerwise_offload(module, call.sample.device)
-        with self.model_state.watching(module, call.objects()) as watched:
-            captured = capture(module, call, self.reader, self.model_class)
-            watched.captured(captured.graph)
-        entry = assemble(captured, call, self.options, name=self.model_class.__name__, recorders=self.recorders)
+        entry = self._captured_for_sizes(module, call) or self._captured(module, call)
         self.device = call.sample.device
         entry.seconds = time.perf_counter() - started
         return entry
+
+    def _captured_for_sizes(self, module: torch.nn.Module, call: Call) -> Entry | None:
+        """An entry whose capture serves many sizes; None where that is not wanted, or cannot be."""
+        if not self.sizes_met.want_symbols(call):
+            return None
+        try:
+            entry = self._captured(module, call, dynamic=True)
+        except Uncapturable:
+            raise
+        except Exception as error:  # of any kind: what a model asks of symbols may fail anywhere
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self.sizes_met.refuse(call, reason)
+            if self.options.dynamic is True:
+                warnings.warn(f"{self.model_class.__name__} is captured for each size: {reason}", stacklevel=2)
+            return None
+        if entry.many is None:
+            self.sizes_met.refuse(call, "the model takes no other sizes")
+        else:
+            self.sizes_met.captured(entry.many.sizes.describe())
+        return entry
+
+    def _captured(self, module: torch.nn.Module, call: Call, *, dynamic: bool = False) -> Entry:
+        with self.model_state.watching(module, call.objects()) as watched:
+            captured = capture(module, call, self.reader, self.model_class, dynamic=dynamic)
+            watched.captured(captured.graph)
+        name = self.model_class.__name__
+        return assemble(captured, call, self.options, name=name, recorders=self.recorders)
 
     def report(self) -> Report:
         """The totals so far, and the last run of the calling thread."""
@@ -504,7 +530,7 @@ class Runtime:
             model=self.model_class.__name__,
             schedule=str(self.options.schedule),
             backend=", ".join(backends),
-            captures=self._entries.made,
+            captures=self._entries.captured,
             rebound=self._entries.rebound,
             full_calls=counts.full,
             shallow_calls=counts.shallow,
@@ -516,6 +542,7 @@ class Runtime:
             last_run="".join(self._state.trace),
             last_forecast=str(self._state.order) if self._state.trace else "",
             signatures=signatures,
+            sizes=self.sizes_met.lines(),
             companions=tuple(filter(None, (follower.report() for follower in self.followers()))),
         )
 
