@@ -10,8 +10,8 @@
 
 Add, `cat` and SiLU may each be missing. The SiLU goes where nothing else reads the norm, the add where nothing else
 reads the sum: one that is computed anyway costs no more to read than x does. So it is with a `cat`: next to a 1x1
-shortcut convolution that reads it (in every decoder block of diffusers) it stays. Absorbing a `cat` hides the skip
-connection that it is: do it after the split.
+shortcut convolution that reads it (in every decoder block of diffusers) it stays. To be run after a split at a
+concatenation, which takes the plain operators apart and would leave these whole.
 
 Opt-in, for it changes roundings: sums and norms are no longer rounded to the storage type in between. It is for GPUs;
 elsewhere the operators run plain PyTorch. On CUDA the norm keeps channels-last inputs channels-last, where PyTorch's
@@ -46,6 +46,8 @@ class FuseGroupNorm(PassBase):
     Attributes:
         declined: The norms that the last call left alone, and why.
     """
+
+    after_split = True  # SplitOverCat takes plain norms apart, not these operators
 
     def __init__(self, *, cat: bool = True) -> None:
         super().__init__()

@@ -120,6 +120,42 @@ def assemble(
     if raw is not None:
         like = _without_values(call, raw)
         again = partial(assemble, captured.with_graph(raw), like, options, name=name, recorders=recorders)
+    parts = divided(captured, call, options, name)
+    why_not = why_not_recorded(options, call)
+    compiled = compiled_variants(parts.variants, options, call.sample.device, why_not, recorders)
+    programs = compiled.record(compiled.called)
+    let_go_of_weights(parts.captured.graph)
+    return Entry(
+        parts.captured,
+        parts.variants,
+        parts.cuts,
+        _prompt_stages(parts.variants),
+        programs,
+        parts.passes,
+        ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors),
+        compiled,
+        again,
+        raw,
+    )
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A captured call after all passes, split, and not yet compiled."""
+
+    captured: Captured
+    variants: Variants
+    cuts: Mapping[Branch | None, int]
+    """As of `Entry`."""
+    passes: tuple[PassRecord, ...]
+
+
+def divided(captured: Captured, call: Call, options: Options, name: str) -> Divided:
+    """Run the passes on a captured call, split it, and run the passes that each variant has. `name` is the model's.
+
+    Raises:
+        DeepCacheError: a pass failed, or there is no such branch.
+    """
     captured, records = apply_passes(captured, options)
     skips = require_skip_connections(captured.graph.graph, name)
     branches = pick_branches(skips, options.branch, options.schedule.branches, name)
@@ -127,22 +163,8 @@ def assemble(
     chosen = list(dict.fromkeys(branches.values()))
     variants = split(captured, chosen, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.order)
     variants, more = finish(variants, options)
-    why_not = why_not_recorded(options, call)
-    compiled = compiled_variants(variants, options, call.sample.device, why_not, recorders)
-    programs = compiled.record(compiled.called)
-    let_go_of_weights(captured.graph)
-    return Entry(
-        captured,
-        variants,
-        {branch: chosen.index(found) for branch, found in branches.items()},
-        _prompt_stages(variants),
-        programs,
-        (*records, *more),
-        ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors),
-        compiled,
-        again,
-        raw,
-    )
+    cuts = {branch: chosen.index(found) for branch, found in branches.items()}
+    return Divided(captured, variants, cuts, (*records, *more))
 
 
 def _may_read_weights(item: Pass) -> bool:
