@@ -26,12 +26,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.utils import _pytree as pytree
 
 import passes.kernels  # noqa: F401 (registers the operators)
 from passes.shared.match import is_op, only_user, tensor, value
 from passes.shared.operators import argument
-from passes.shared.rewrite import Declined, add_call
+from passes.shared.rewrite import Declined, add_call, strides_matter
 
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -84,7 +83,7 @@ class FuseGroupNorm(PassBase):
             target = torch.ops.deepcache_fx.cat_group_norm.default
             args = (*halves, *settings)
         fused = add_call(target, args, before=norm, like=norm)
-        if _strides_matter(last, value(fused)):
+        if strides_matter(last, value(fused)):
             norm.graph.erase_node(fused)
             return "its output would change from contiguous to channels-last, and what reads it depends on that"
         last.replace_all_uses_with(fused)
@@ -136,32 +135,3 @@ def _sum(source: fx.Node, norm: fx.Node) -> tuple[fx.Node, fx.Node] | None:
             assert isinstance(addend, fx.Node)
             return x, addend
     return None
-
-
-def _strides_matter(node: fx.Node, new: Any) -> bool:
-    """True where the graph would fail, or return other strides, were the node's value to have those of `new`.
-
-    Follows the new strides through the graph until they make no difference.
-    """
-    changed = {node: new} if _differ(new, value(node)) else {}
-    reader = node
-    while changed and reader.op != "output":
-        reader = reader.next
-        if not any(source in changed for source in reader.all_input_nodes):
-            continue
-        if reader.op == "output":
-            return True
-        inputs = fx.map_arg((reader.args, reader.kwargs), lambda source: changed.get(source, source.meta.get("val")))
-        try:
-            with torch.no_grad():
-                result = reader.target(*inputs[0], **inputs[1])  # type: ignore[operator]
-        except (RuntimeError, ValueError):  # a view that the new strides do not allow
-            return True
-        if _differ(result, value(reader)):
-            changed[reader] = result
-    return False
-
-
-def _differ(a: Any, b: Any) -> bool:
-    strides = [[x.stride() for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)] for tree in (a, b)]
-    return strides[0] != strides[1]

@@ -109,7 +109,9 @@ def _recorded(launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> It
         yield
 
 
-def _specialised(function: Any, args: Sequence[Any], options: Mapping[str, Any], arch: str) -> tuple[Any, dict[str, Any]]:
+def _specialised(
+    function: Any, args: Sequence[Any], options: Mapping[str, Any], arch: str
+) -> tuple[Any, dict[str, Any]]:
     """What Triton compiles for a call: types, constants, and what it knows of addresses and sizes."""
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import MockTensor, create_function_from_signature

@@ -52,7 +52,9 @@ def why_not() -> str | None:
 
 
 def _compiler() -> str | None:
-    return next((found for name in (os.environ.get("CXX", "g++"), "g++", "clang++") if (found := shutil.which(name))), None)
+    return next(
+        (found for name in (os.environ.get("CXX", "g++"), "g++", "clang++") if (found := shutil.which(name))), None
+    )
 
 
 @functools.cache
@@ -126,7 +128,9 @@ def pretended(device: Device) -> Iterator[None]:
 
 def _memory_format(x: torch.Tensor, weight: torch.Tensor, *_: object) -> torch.memory_format:
     """What cuDNN computes in: channels-last where an operand has it."""
-    if x.ndim == 4 and any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight)):
+    if x.ndim == 4 and any(
+        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight)
+    ):
         return torch.channels_last
     return torch.contiguous_format
 
