@@ -1,8 +1,8 @@
 """The modelled time of every kernel beside the measured one: `python -m benchmarks.codegen.beside CODEGEN PROFILE`.
 
-CODEGEN is a file of `python -m benchmarks.codegen --json`, PROFILE one of `python -m benchmarks.speed.profile --json` of
-the same model and step. Kernels that Inductor wrote are matched by name; the number at the end of one counts kernels of
-a graph, and may differ where versions do. What libraries are called for is compared by kind.
+CODEGEN is a file of `python -m benchmarks.codegen --json`, PROFILE one of `python -m benchmarks.speed.profile --json`
+of the same model and step. Kernels that Inductor wrote are matched by name; the number at the end of one counts kernels
+of a graph, and may differ where versions do. What libraries are called for is compared by kind.
 """
 
 from __future__ import annotations

@@ -183,7 +183,9 @@ def _to_keep(
         deep.insert(0, node)
         if at_refresh_rate:
             SplitOverCat(cat.name, alone=branch.operand)(graph)
-    kept = [partition(graph.graph, {node}).kept if at_refresh_rate else [node] for node in deep]
+    kept: list[Sequence[fx.Node]] = [
+        partition(graph.graph, {node}).kept if at_refresh_rate else [node] for node in deep
+    ]
     return _channels_last(graph, kept) if _has_channels_last_weights(graph) else kept
 
 
@@ -214,7 +216,8 @@ def _channels_last(graph: fx.GraphModule, kept: Sequence[Sequence[fx.Node]]) -> 
             graph.graph.erase_node(clone)
             continue
         instead[node] = clone
-        node.replace_all_uses_with(clone, delete_user_cb=lambda user, clone=clone: user is not clone)
+        for user in [user for user in node.users if user is not clone]:
+            user.replace_input_with(node, clone)
         propagate(graph.graph, [clone])
     return [[instead.get(node, node) for node in nodes] for nodes in kept]
 
