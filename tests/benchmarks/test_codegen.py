@@ -94,13 +94,13 @@ def test_every_kernel_of_the_tiny_unet_has_a_configuration_that_does_not_spill(s
 
 @needs_compilers
 @thorough
-@pytest.mark.parametrize(("passes", "launches", "megabytes"), [("", 0, 0), ("fuse-group-norm", 0, 0)])
+@pytest.mark.parametrize(("passes", "launches", "megabytes"), [("", 49, 530)])
 def test_the_shallow_step_of_sd15_fuses_no_less_than_it_did(
     passes: str, launches: int, megabytes: int, tmp_path: Path
 ) -> None:
     arguments = ("--model", "sd15", "--step", "shallow", "--no-compile", "--passes", passes)
     [found] = generated(*arguments, folder=tmp_path)["steps"]
     summary = found["summary"]
-    assert launches - 3 <= summary["launches"] <= launches + 1
-    assert 0.97 * megabytes <= summary["megabytes"] <= 1.01 * megabytes
+    assert summary["launches"] <= launches
+    assert summary["megabytes"] <= megabytes
     assert summary["gflop"] == pytest.approx(2 * found["macs"] / 1e9, rel=0.01), "every layer is counted, once"
