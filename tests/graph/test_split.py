@@ -310,6 +310,15 @@ def test_outputs_that_are_not_kept_are_not_computed() -> None:
     assert len(whole(a, b)) == 4
 
 
+def laid_out_conv(b: Builder, x: fx.Node) -> fx.Node:
+    """A convolution with a channels-last weight."""
+    weight = torch.randn(3, x.meta["val"].shape[1], 3, 3).contiguous(memory_format=torch.channels_last)
+    b.root.register_parameter("laid_out", torch.nn.Parameter(weight))
+    node = b.graph.get_attr("laid_out")
+    node.meta["val"] = weight
+    return b.op(aten.conv2d.default, x, node)
+
+
 def test_on_a_gpu_contiguous_cached_maps_take_the_layout_of_channels_last_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -317,9 +326,7 @@ def test_on_a_gpu_contiguous_cached_maps_take_the_layout_of_channels_last_weight
     x = b.input(1, 3, 4, 4)
     skip = b.conv(x, 4)
     deep = b.op(aten.relu.default, b.conv(skip, 5))
-    captured = b.captured(b.op(aten.contiguous.default, b.conv(b.cat(deep, skip), 3)))  # as the caller gets it
-    weight = torch.nn.Parameter(torch.randn(3, 3, 3, 3).contiguous(memory_format=torch.channels_last))
-    captured.graph.register_parameter("laid_out", weight)
+    captured = b.captured(b.op(aten.contiguous.default, laid_out_conv(b, b.cat(deep, skip))))
     [branch] = find_skip_connections(captured.graph.graph)
     plain = split(captured, branch)
     [kept] = plain.cuts[0].cache
@@ -343,9 +350,7 @@ def test_a_cached_map_that_a_view_reads_stays_contiguous(monkeypatch: pytest.Mon
     skip = b.conv(x, 4)
     deep = b.op(aten.clone.default, b.conv(skip, 5))
     flat = b.op(aten.view.default, deep, [1, 80])
-    captured = b.captured(b.conv(b.cat(deep, skip), 3), b.op(aten.relu.default, flat))
-    weight = torch.nn.Parameter(torch.randn(3, 3, 3, 3).contiguous(memory_format=torch.channels_last))
-    captured.graph.register_parameter("laid_out", weight)
+    captured = b.captured(laid_out_conv(b, b.cat(deep, skip)), b.op(aten.relu.default, flat))
     [branch] = find_skip_connections(captured.graph.graph)
     [kept] = split(captured, branch).cuts[0].cache
     assert kept.is_contiguous()
