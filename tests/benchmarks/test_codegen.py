@@ -94,7 +94,7 @@ def test_every_kernel_of_the_tiny_unet_has_a_configuration_that_does_not_spill(s
 
 @needs_compilers
 @thorough
-@pytest.mark.parametrize(("passes", "launches", "megabytes"), [("", 49, 530)])
+@pytest.mark.parametrize(("passes", "launches", "megabytes"), [("", 50, 535), ("fuse-group-norm", 43, 522)])
 def test_the_shallow_step_of_sd15_fuses_no_less_than_it_did(
     passes: str, launches: int, megabytes: int, tmp_path: Path
 ) -> None:
