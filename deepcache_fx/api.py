@@ -59,7 +59,8 @@ def optimize(
         schedule: Replaces `interval`: `Uniform(n)`, `Power(n, power, center)`, `Steps([...])`, `Window(start, end,
             inner)`, `Nested(inner, deeper)`, or a function of the step (and, if it takes two arguments, the number of
             steps) that is true where the step is full.
-        passes: Extra graph passes, applied in order to the captured graph before the split.
+        passes: Extra graph passes, applied in order to the captured graph before the split; those that say
+            `after_split = True`, as `FuseGroupNorm` does, to each variant after it.
         disable: Default passes to leave out, by name; "all" keeps the captured graph as it is.
         backend: "auto" (Inductor on CUDA; on a CPU OpenVINO where it is installed and the model is float32; else
             eager), "eager", "openvino", or any torch.compile backend. With OpenVINO programs hold copies of the weights
