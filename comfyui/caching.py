@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -102,25 +103,17 @@ class Caching:
             return executor(noise, latent, sampler, sigmas, *rest, **named)
         finally:
             run, captured = self._run, _captured.get(self._model)
-            is_followed = captured is not None and captured.run is run
-            self.text = summary(run, deepcache_fx.report(captured.adapter) if is_followed else None)
+            followed = captured if captured is not None and captured.run is run else None
+            self.text = summary(run, deepcache_fx.report(followed.adapter) if followed is not None else None)
             logging.info("DeepCache FX: %s", self.text.splitlines()[0])
-            if is_followed:
-                captured.run = None
-                deepcache_fx.reset(captured.adapter)  # frees the features; what was captured stays
+            if followed is not None:
+                followed.run = None
+                deepcache_fx.reset(followed.adapter)  # frees the features; what was captured stays
             self._run, self._model = outer, outer_model
 
     def _new_run(self, guider: Any, sampler: Any, sigmas: Any) -> Run:
         sampling = guider.model_patcher.get_model_object("model_sampling")
-        is_whole = (self.settings.start, self.settings.end) == (0.0, 1.0)
-        window = (
-            {}
-            if is_whole
-            else {
-                "high": float(sampling.percent_to_sigma(self.settings.start)),
-                "low": float(sampling.percent_to_sigma(self.settings.end)),
-            }
-        )
+        start, end = self.settings.start, self.settings.end
         timesteps = [float(sampling.timestep(sigma)) for sigma in sigmas.cpu() if sigma > 0]
         run = Run(
             self.settings.interval,
@@ -128,7 +121,8 @@ class Caching:
             schedule=self.settings.schedule,
             may_forecast=not draws_noise(sampler)
             and not (len(timesteps) <= FEW_STEPS and are_uneven([*timesteps, 0.0])),
-            **window,
+            high=math.inf if start == 0 else float(sampling.percent_to_sigma(start)),
+            low=0.0 if end == 1 else float(sampling.percent_to_sigma(end)),
         )
         wrapped = guider.model_options.get("transformer_options", {}).get("wrappers", {}).get("apply_model", {})
         if "torch.compile" in wrapped:
@@ -165,8 +159,9 @@ class Caching:
         """A call of the UNet."""
         options = {} if transformer_options is None else transformer_options
 
-        def plain() -> Any:
-            return executor(x, timesteps, context, y, control, options, **extra)
+        def plain() -> torch.Tensor:
+            result: torch.Tensor = executor(x, timesteps, context, y, control, options, **extra)
+            return result
 
         run = self._run
         if run is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import folder_paths
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -15,6 +15,7 @@ from deepcache_fx import Power
 from .caching import FORECASTS, KEY, Caching, Settings
 from .schedules import calibrated, check
 
+PRECISIONS: dict[str, Literal["fp32", "bf16"] | None] = {"as loaded": None, "fp32": "fp32", "bf16": "bf16"}
 CATEGORY = "model_patches/unet"
 DeepCacheSchedule = io.Custom("DEEPCACHE_SCHEDULE")
 
@@ -71,7 +72,7 @@ class DeepCacheFX(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=["as loaded", "fp32", "bf16"],
+                    options=list(PRECISIONS),
                     default="as loaded",
                     tooltip="For OpenVINO: bf16 computes a float32 model in bfloat16 where the processor has it. "
                     "Elsewhere a model is computed in the type it was loaded in.",
@@ -129,7 +130,7 @@ class DeepCacheFX(io.ComfyNode):
             branch=branch if found is None else found.branch,
             forecast=FORECASTS[forecast] if found is None else found.forecast,
             backend=backend,
-            precision=None if precision == "as loaded" else precision,
+            precision=PRECISIONS[precision],
             start=start_percent,
             end=end_percent,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from deepcache_fx import Report
 
 from .run import Run
@@ -13,9 +15,7 @@ def summary(run: Run, report: Report | None) -> str:
     The bound counts multiply-accumulates: what no measured speed-up can exceed.
     """
     full, shallow = (report.full_calls, report.shallow_calls) if report is not None else (0, 0)
-    reasons = run.bypassed + (
-        type(run.bypassed)(report.original_reasons) if report is not None else type(run.bypassed)()
-    )
+    reasons = run.bypassed + Counter(report.original_reasons if report is not None else {})
     uncached = sum(reasons.values())
     lines = [f"{run.evaluations} evaluations: {full} calls full, {shallow} shallow, {uncached} uncached"]
     if report is not None and full + shallow:

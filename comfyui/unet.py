@@ -1,4 +1,4 @@
-"""ComfyUI's UNet as a function of tensors: what deepcache_fx captures. The UNet itself, which all clones share, stays."""
+"""ComfyUI's UNet as a function of tensors: what deepcache_fx captures. The UNet itself, shared by all clones, stays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 READ = ("patches", "patches_replace", "optimized_attention_override")
-"""Of the transformer options, what the UNet calls: functions and objects, which a graph bakes in and a key describes."""
+"""Of the transformer options, what the UNet calls: functions and objects, which a graph bakes in."""
 
 READ_BY_PATCHES = ("cond_or_uncond", "sigmas")
 """What else most patches read. Without patches nobody does, and its values are no reason for another graph."""
@@ -68,7 +68,8 @@ class UNetOfTensors(torch.nn.Module):
     ) -> torch.Tensor:
         if not torch.compiler.is_exporting():
             return _plain.get()()  # a call that runs uncached sees the options as they are
-        result: torch.Tensor = self.unet._forward(x, timesteps, context, y, control, transformer_options, **extra)
+        of_tensors: Any = self.unet._forward
+        result: torch.Tensor = of_tensors(x, timesteps, context, y, control, transformer_options, **extra)
         return result
 
 

@@ -64,10 +64,9 @@ class Server:
             self.port = probe.getsockname()[1]
         self.base = base
         self.log = base / "server.log"
-        command = [
-            PYTHON, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
-            "--disable-api-nodes", "--disable-auto-launch", "--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}", *options,
-        ]  # fmt: skip
+        command = [PYTHON, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command += ["--base-directory", str(base), "--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}"]
+        command += ["--disable-api-nodes", "--disable-auto-launch", *options]
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
                 command, cwd=str(CHECKOUT), env=environment(), stdout=out, stderr=subprocess.STDOUT

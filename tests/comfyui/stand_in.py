@@ -1,7 +1,7 @@
 """A stand-in for the parts of ComfyUI that the node touches, after their contract: executor, patcher, guider, sampler.
 
-Wrappers of a kind are called in the order they were added, each with an executor: calling that runs the next one, or what
-is wrapped. An executor tells `class_obj`, all `wrappers` and its own place `idx` among them.
+Wrappers of a kind are called in the order they were added, each with an executor: calling that runs the next one, or
+what is wrapped. An executor tells `class_obj`, all `wrappers` and its own place `idx` among them.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +43,7 @@ def test_a_schedule_is_asked_for_the_steps_of_the_sampler() -> None:
 
 
 def test_of_a_full_step_with_two_evaluations_the_first_is_full() -> None:
-    heun = tuple(sigma for pair in zip(SIGMAS[:4], SIGMAS[1:5], strict=True) for sigma in pair)
+    heun = tuple(sigma for pair in pairwise(SIGMAS[:5]) for sigma in pair)
     assert trace(Run(3, SIGMAS[:5], schedule=Steps([0, 2])), heun) == "FssFssss"
 
 

@@ -17,7 +17,7 @@ CatOracle = _oracles.CatOracle
 
 
 class Oracle:
-    """As `DeepCacheFX` with `repeat`, by the model's own forward: a feature for each conditioning, patches and shape."""
+    """As `DeepCacheFX` with `repeat`, by the model's own forward: a feature for each conditioning and shape."""
 
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "attach"
