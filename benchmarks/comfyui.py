@@ -80,7 +80,9 @@ def table(server: Server, steps: int, rounds: int) -> None:
                 seconds[name].append(done.seconds)
     plain = latents["uncached"]
     print(
-        f"| {steps} steps, euler, 64 x 64 | computed | speed | distance to the uncached latents |\n| --- | --- | --- | --- |"
+        f"| {steps} steps, euler, 64 x 64 | computed | speed | distance to the uncached latents |",
+        "| --- | --- | --- | --- |",
+        sep="\n",
     )
     for name in sorted(ARMS, key=lambda name: -costs[name]):
         ratio = statistics.median(a / b for a, b in zip(seconds["uncached"], seconds[name], strict=True))
