@@ -10,7 +10,7 @@ import pytest
 
 from comfyui.caching import Settings
 from comfyui.schedules import calibrated, check
-from deepcache_fx import OptionError, ScheduleError
+from deepcache_fx import DeepCacheError, ScheduleError
 from deepcache_fx.schedules.made_for import MadeFor
 from deepcache_fx.schedules.schedule import Achieved, Calibrated
 
@@ -62,6 +62,6 @@ def test_a_schedule_with_deeper_steps_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_do_not_go_together_are_refused_by_the_node(settings: Settings) -> None:
-    with pytest.raises(OptionError):
+    with pytest.raises(DeepCacheError):
         check(settings)
     check(Settings())
