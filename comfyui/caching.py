@@ -127,6 +127,8 @@ class Caching:
         wrapped = guider.model_options.get("transformer_options", {}).get("wrappers", {}).get("apply_model", {})
         if "torch.compile" in wrapped:
             run.refusal = "TorchCompileModel compiles this model already: take one of the two nodes"
+        if getattr(guider.model_patcher, "hook_patches", None):
+            run.refusal = "a conditioning has weights of its own (a LoRA by hooks), which change from call to call"
         return run
 
     def predict_noise(self, executor: Any, x: torch.Tensor, timestep: torch.Tensor, *rest: Any, **named: Any) -> Any:

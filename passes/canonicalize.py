@@ -56,7 +56,7 @@ def _may_share(node: fx.Node) -> bool:
 def _is_alias(node: fx.Node) -> bool:
     """An operator that returns its argument as it is."""
     if is_op(node, aten.dropout.default):
-        return node.args[2] is False or node.args[1] == 0
+        return node.args[2] is False or bool(node.args[1] == 0)
     if is_op(node, *_SHAPES):
         before, after = tensor(node.args[0]), tensor(node)
         if before is None or after is None:

@@ -79,6 +79,7 @@ class Patcher:
         self.wrappers: Wrappers = {}
         self.attachments: dict[str, Any] = {}
         self.options: dict[str, Any] = {}
+        self.hook_patches: dict[str, Any] = {}
 
     def clone(self) -> Patcher:
         other = Patcher(self.model)

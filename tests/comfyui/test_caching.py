@@ -327,6 +327,14 @@ def test_a_call_outside_of_a_run_is_plain() -> None:
     assert text(model) == "no run yet"
 
 
+def test_weights_that_change_from_call_to_call_are_not_cached() -> None:
+    patcher = Patcher(Model())
+    model = cached(patcher)
+    model.hook_patches = {"a LoRA": {"of one prompt": 1.0}}
+    assert torch.equal(sample(model), sample(patcher))
+    assert "6 x a conditioning has weights of its own" in text(model)
+
+
 @thorough
 def test_a_schedule_and_a_window_reach_the_run() -> None:
     for settings, expected in (

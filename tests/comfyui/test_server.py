@@ -157,6 +157,7 @@ UNCACHED: dict[str, tuple[Build, Build, str]] = {
     "a patch that reads the sigma": (reading("sigmas"), nothing, "data-dependent"),
     "a patch that reads the run's sigmas": (reading("sample_sigmas"), nothing, "transformer_options['sample_sigmas']"),
     "a patch that keeps what it saw": (reading("keeps"), nothing, "keeps something of each call"),
+    "a LoRA for one prompt": (lora_for_one_prompt, nothing, "a conditioning has weights of its own"),
     "EasyCache inside": (nothing, easy_cache, "another node wraps the UNet"),
 }
 
