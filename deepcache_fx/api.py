@@ -209,7 +209,7 @@ def reset(target: object) -> None:
     _runtime(target).reset()
 
 
-def begin(target: object, num_steps: int | None = None) -> None:
+def begin(target: object, num_steps: int | None = None, *, may_forecast: bool = True) -> None:
     """Announce a run of this thread: its first denoising step begins now, and `step` ends each.
 
     For samplers of one's own, where no diffusers scheduler tells the steps and timesteps tell them badly (second-order
@@ -219,6 +219,8 @@ def begin(target: object, num_steps: int | None = None) -> None:
     Args:
         target: A UNet or pipeline that `optimize` was called on.
         num_steps: How many steps the run is going to have, if known; at least 1.
+        may_forecast: False where the sampler draws noise at its steps (ancestral, SDE, LCM), or takes few steps of very
+            different lengths: `forecast="auto"` then repeats the cached feature.
 
     Raises:
         DeepCacheError: the target is not optimised, or `num_steps` is no positive integer.
@@ -231,7 +233,7 @@ def begin(target: object, num_steps: int | None = None) -> None:
     """
     if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
         raise OptionError(f"num_steps must be an integer of at least 1, or None, got {num_steps!r}")
-    _runtime(target).run_announced(num_steps, by_caller=True)
+    _runtime(target).run_announced(num_steps, by_caller=True, may_forecast=may_forecast)
 
 
 def step(target: object) -> None:
