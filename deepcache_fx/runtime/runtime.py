@@ -484,6 +484,7 @@ class Runtime:
             last_forecast=str(self._state.order) if self._state.trace else "",
             signatures=signatures,
             companions=tuple(filter(None, (follower.report() for follower in self.followers()))),
+            preset=self.options.preset,
         )
 
 
