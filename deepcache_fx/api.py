@@ -107,7 +107,7 @@ def optimize(
         >>> print(deepcache_fx.report(pipe))
     """
     module, pipeline = _resolve(target)
-    choice = {"interval": interval, "branch": branch, "forecast": forecast, "schedule": schedule}
+    choice: dict[str, Any] = {"interval": interval, "branch": branch, "forecast": forecast, "schedule": schedule}
     chosen = choose(preset, facts_of(module, pipeline), **choice) if preset is not None else None
     choice = {name: value for name, value in (chosen.options if chosen else choice).items() if value is not None}
     wanted = Options.make(

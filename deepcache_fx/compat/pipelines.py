@@ -161,34 +161,34 @@ def _told_per_call(pipeline: Any, settings: Mapping[str, Any] = _SETTINGS) -> Ca
     return __call__
 
 
-class StableDiffusionPipeline(_PerCall, diffusers.StableDiffusionPipeline):
+class StableDiffusionPipeline(_PerCall, diffusers.StableDiffusionPipeline):  # type: ignore[misc]
     _needs_attention = True
     __call__ = _told_per_call(diffusers.StableDiffusionPipeline)
 
 
-class StableDiffusionImg2ImgPipeline(_FromImage, diffusers.StableDiffusionImg2ImgPipeline):
+class StableDiffusionImg2ImgPipeline(_FromImage, diffusers.StableDiffusionImg2ImgPipeline):  # type: ignore[misc]
     _needs_attention = True
     __call__ = _told_per_call(diffusers.StableDiffusionImg2ImgPipeline)
 
 
-class StableDiffusionInpaintPipeline(_FromImage, diffusers.StableDiffusionInpaintPipeline):
+class StableDiffusionInpaintPipeline(_FromImage, diffusers.StableDiffusionInpaintPipeline):  # type: ignore[misc]
     _needs_attention = True
     __call__ = _told_per_call(diffusers.StableDiffusionInpaintPipeline)
 
 
-class StableDiffusionXLPipeline(_PerCall, diffusers.StableDiffusionXLPipeline):
+class StableDiffusionXLPipeline(_PerCall, diffusers.StableDiffusionXLPipeline):  # type: ignore[misc]
     __call__ = _told_per_call(diffusers.StableDiffusionXLPipeline)
 
 
-class StableDiffusionXLImg2ImgPipeline(_FromImage, diffusers.StableDiffusionXLImg2ImgPipeline):
+class StableDiffusionXLImg2ImgPipeline(_FromImage, diffusers.StableDiffusionXLImg2ImgPipeline):  # type: ignore[misc]
     __call__ = _told_per_call(diffusers.StableDiffusionXLImg2ImgPipeline)
 
 
-class StableDiffusionXLInpaintPipeline(_FromImage, diffusers.StableDiffusionXLInpaintPipeline):
+class StableDiffusionXLInpaintPipeline(_FromImage, diffusers.StableDiffusionXLInpaintPipeline):  # type: ignore[misc]
     __call__ = _told_per_call(diffusers.StableDiffusionXLInpaintPipeline)
 
 
-class StableVideoDiffusionPipeline(_PerCall, diffusers.StableVideoDiffusionPipeline):
+class StableVideoDiffusionPipeline(_PerCall, diffusers.StableVideoDiffusionPipeline):  # type: ignore[misc]
     """Takes `cache_interval` and `cache_branch`, which counts the modules of all down blocks."""
 
     __call__ = _told_per_call(diffusers.StableVideoDiffusionPipeline, _VIDEO_SETTINGS)
