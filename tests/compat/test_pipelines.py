@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import deepcache_fx
 from deepcache_fx import compat
 from deepcache_fx.runtime.attach import runtime_of
-from tests import small
+from tests import models, small
 from tests.compat.settings import RECORDED, SETTINGS, latents, name, pipeline
 from tests.families import family
 
@@ -36,6 +36,11 @@ def made(kind: str) -> Any:
     pipe = pipeline(kind, *CLASSES[kind])
     pipe.cache_options = EAGER
     return pipe
+
+
+def plain_pipeline() -> Any:
+    """Of diffusers, with attention where the published code needs it."""
+    return models.sd_pipeline(models.sd_unet(**small.ATTENTION_ON_TOP))
 
 
 def of_diffusers(pipe: Any) -> Any:
@@ -76,7 +81,7 @@ def test_the_recorded_settings_are_those_that_are_tested() -> None:
 
 
 def test_other_values_in_the_next_call_capture_nothing_anew_and_calls_without_them_are_uncached() -> None:
-    plain = small.pipeline()
+    plain = plain_pipeline()
     uncached = run(plain)
     pipe = of_diffusers(plain)
     cached = run(pipe, cache_interval=3, **ON)
@@ -92,7 +97,7 @@ def test_other_values_in_the_next_call_capture_nothing_anew_and_calls_without_th
 
 
 def test_what_caches_nothing_as_published_says_so() -> None:
-    pipe = of_diffusers(small.pipeline())
+    pipe = of_diffusers(plain_pipeline())
     uncached = run(pipe)
     for given, message in (({}, "give cache_layer_id=0"), (dict(cache_layer_id=1, cache_block_id=1), "too deep")):
         with pytest.warns(UserWarning, match=message):
@@ -109,7 +114,7 @@ def test_what_caches_nothing_as_published_says_so() -> None:
     ],
 )
 def test_bad_settings_are_refused_and_the_pipeline_goes_on(arguments: dict[str, Any], message: str) -> None:
-    pipe = of_diffusers(small.pipeline())
+    pipe = of_diffusers(plain_pipeline())
     with pytest.raises(ValueError, match=message):
         run(pipe, cache_interval=3, **arguments)
     assert runtime_of(pipe.unet) is None
@@ -117,7 +122,7 @@ def test_bad_settings_are_refused_and_the_pipeline_goes_on(arguments: dict[str, 
 
 
 def test_a_call_that_raises_leaves_the_cache_off_and_the_next_is_as_a_fresh_one() -> None:
-    pipe = of_diffusers(small.pipeline())
+    pipe = of_diffusers(plain_pipeline())
     cached = run(pipe, cache_interval=3, **ON)
 
     def stop(*_: Any) -> dict[str, Any]:
@@ -130,7 +135,7 @@ def test_a_call_that_raises_leaves_the_cache_off_and_the_next_is_as_a_fresh_one(
 
 
 def test_a_saved_pipeline_is_one_of_diffusers(tmp_path: Path) -> None:
-    of_diffusers(small.pipeline()).save_pretrained(tmp_path)
+    of_diffusers(plain_pipeline()).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
     loaded = compat.StableDiffusionPipeline.from_pretrained(tmp_path)
     assert type(loaded) is compat.StableDiffusionPipeline
