@@ -554,6 +554,7 @@ class Runtime:
             signatures=signatures,
             sizes=self.sizes_met.lines(),
             companions=tuple(filter(None, (follower.report() for follower in self.followers()))),
+            preset=self.options.preset,
         )
 
 
