@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from deepcache_fx.api import optimize, restore
-from deepcache_fx.runtime.attach import bring_back, runtime_of
+from deepcache_fx.api import optimize
+from deepcache_fx.runtime.attach import bring_back, pause, runtime_of
 from deepcache_fx.runtime.runtime import Runtime
 
 AS_PUBLISHED: dict[str, Any] = {"forecast": 0, "on_failure": "uncached"}
@@ -50,17 +50,20 @@ class Switch:
         self._kept = runtime_of(unet) or self._kept  # None where the user called `restore` meanwhile
         if self._kept is not None:
             self._kept.reset()
-        restore(unet)
+        pause(unet)
         before, self._before = self._before, None
         if before is not None:
+            before.kept_by -= 1
             bring_back(unet, before)
 
     def _begin(self, unet: torch.nn.Module) -> None:
         if not self._is_of(unet):
             self._unet, self._kept = weakref.ref(unet), None
         self._before = runtime_of(unet)
+        if self._before is not None:
+            self._before.kept_by += 1
         if self._kept is not None:
-            restore(unet)
+            pause(unet)
             bring_back(unet, self._kept)
         self.is_on = True
 

@@ -223,12 +223,19 @@ class CudaGraphPrograms:
         self, name: str, tensors: Sequence[torch.Tensor], prompt: Values, prepare: Callable[[], object]
     ) -> Recording | None:
         """Replay a variant, with its inputs and what `prepare` does in place; None where it has to be called."""
-        if not self._fill(name, tensors, prompt):
+        if self._failure is not None or not self._recorder.begin():
+            return None
+        known = self._prompts.get(name)
+        if known is not None:
+            _fill(self._inputs, tensors)
+            if prompt is not known.values:  # nobody changes a prompt value in place
+                known.fill(prompt)
+        elif not self._make_buffers(name, tensors, prompt):
             return None
         for _ in range(_TRIES):
             with WEIGHTS_LOCK:
                 graph = self._graphs.get(name)
-                if graph is not None and graph.addresses == self._addresses(name):
+                if graph is not None and graph.addresses == tuple(map(torch.Tensor.data_ptr, self._weights[name])):
                     prepare()
                     graph.recording.replay()
                     return graph.recording
@@ -239,24 +246,16 @@ class CudaGraphPrograms:
     def _addresses(self, name: str) -> tuple[int, ...]:
         return tuple(map(torch.Tensor.data_ptr, self._weights[name]))
 
-    def _fill(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> bool:
-        """Put the inputs of a variant in place. False where the programs have to be called."""
-        if self._failure is not None or not self._recorder.begin():
+    def _make_buffers(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> bool:
+        """Those of a variant, filled. False where the programs have to be called."""
+        try:
+            self._allocate(name, tensors, prompt)
+        except RuntimeError as error:  # out of memory, or an input that overlaps itself
+            self._fail(f"buffers: {first_line(error)}")
             return False
-        known = self._prompts.get(name)
-        if known is None:
-            try:
-                self._make_buffers(name, tensors, prompt)
-            except RuntimeError as error:  # out of memory, or an input that overlaps itself
-                self._fail(f"buffers: {first_line(error)}")
-                return False
-        else:
-            _fill(self._inputs, tensors)
-            if prompt is not known.values:  # nobody changes a prompt value in place
-                known.fill(prompt)
         return True
 
-    def _make_buffers(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> None:
+    def _allocate(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> None:
         with torch.inference_mode(False):  # else no later call outside of it could write them
             self._inputs = self._inputs or tuple(map(_Input, tensors))
             if self._called.order and not self._forecast:

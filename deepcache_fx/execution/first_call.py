@@ -48,7 +48,7 @@ class CompiledAtFirstCall:
         except Exception as error:
             if not _is_a_compilers(error):
                 raise
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            reason = _reason(error)
             if not self.toolchain.may_fall_back:
                 raise CompileError(
                     f"backend {self.toolchain.backend!r} cannot compile the graph: {reason}. Take backend='eager', or "
@@ -67,6 +67,12 @@ class CompiledAtFirstCall:
     def _fall_back(self, reason: str) -> Callable[..., Sequence[Any]]:
         self.refused, self.program, self.is_compiled = reason, self.graph, True
         return self.graph
+
+
+def _reason(error: Exception) -> str:
+    """In one line, with what the compiler itself ran into, where Dynamo tells."""
+    cause = getattr(error, "inner_exception", None) or error
+    return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
 
 
 def _is_a_compilers(error: Exception) -> bool:

@@ -13,7 +13,7 @@ from deepcache_fx.execution.cuda_graphs import RECORDERS
 from deepcache_fx.graph.capture import CAPTURE_LOCK
 from deepcache_fx.graph.weights import Stamp, stamps
 from deepcache_fx.guards.fingerprint import Fingerprint, Settings
-from deepcache_fx.guards.numerics import switches
+from deepcache_fx.guards.numerics import SWITCHES, read
 from deepcache_fx.guards.side_effects import SideEffects, Watched
 from deepcache_fx.options import Options
 
@@ -28,7 +28,9 @@ class ModelState:
         self._effects = SideEffects()
         self._copied = self._frozen = False
         self._values: list[Stamp] = []
-        self._last_extended: tuple[Settings, tuple[Hashable, ...], Settings] | None = None
+        self._last_extended: tuple[Settings, Hashable, Hashable, Settings] | None = None
+        self._freezing: dict[torch.device, bool] = {}
+        """By device, whether programs there go on computing as PyTorch's switches were set when they were made."""
 
     def settings(self, module: torch.nn.Module, device: torch.device, *, at_run_start: bool) -> Settings:
         """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first.
@@ -41,21 +43,21 @@ class ModelState:
         else:
             settings = self._settings(module, device, at_run_start)
         doubts = self._effects.doubts
-        frozen = switches() if self._freezes_switches(device) else None
-        return settings if not doubts and frozen is None else self._extended(settings, (doubts, frozen))
+        is_freezing = self._freezing.get(device)
+        if is_freezing is None:
+            is_freezing = self._freezing[device] = self._freezes_switches(device)
+        if not doubts and not is_freezing:
+            return settings
+        frozen, known = tuple(map(read, SWITCHES)) if is_freezing else None, self._last_extended
+        if known is None or known[0] is not settings or known[1] != doubts or known[2] != frozen:
+            more = Settings((settings.structure, doubts, frozen), settings.weights)
+            known = self._last_extended = settings, doubts, frozen, more
+        return known[3]  # the same object for the same
 
     def _freezes_switches(self, device: torch.device) -> bool:
-        """True where programs go on computing as PyTorch's switches were set when they were made."""
         if pick_backend(self._options, device) in ("eager", "openvino"):
             return device.type in RECORDERS and self._options.cuda_graphs is True
         return True
-
-    def _extended(self, settings: Settings, also: tuple[Hashable, ...]) -> Settings:
-        """The settings and something more; the same object for the same."""
-        known = self._last_extended
-        if known is None or known[0] is not settings or known[1] != also:
-            known = self._last_extended = settings, also, Settings((settings.structure, also), settings.weights)
-        return known[2]
 
     def _settings(self, module: torch.nn.Module, device: torch.device, at_run_start: bool) -> Settings:
         if at_run_start:

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from functools import partial
+from operator import methodcaller
 
 import torch
 
 _C = torch._C
 
+SWITCHES = (
+    partial(_C._get_fp32_precision_getter, "cuda", "matmul"),
+    partial(_C._get_fp32_precision_getter, "cuda", "conv"),
+    _C._get_cublas_allow_fp16_reduced_precision_reduction,
+    _C._get_cublas_allow_bf16_reduced_precision_reduction,
+    _C._get_cublas_allow_fp16_accumulation,
+    _C._get_deterministic_algorithms,
+    _C._get_cudnn_deterministic,
+    _C._get_cudnn_enabled,
+    _C._get_flash_sdp_enabled,
+    _C._get_mem_efficient_sdp_enabled,
+    _C._get_math_sdp_enabled,
+    _C._get_cudnn_sdp_enabled,
+    _C._get_math_sdp_allow_fp16_bf16_reduction,
+)
+"""Kernels are chosen alike where all of these say the same: TF32, sums in half precision, determinism, attention.
 
-def switches() -> Hashable:
-    """Equal where kernels are chosen alike: TF32, sums in half precision, determinism, which attention is allowed.
+From below the public functions: `torch.backends` refuses to tell the old name of a setting whose new one is in use.
+Read by `tuple(map(read, SWITCHES))`, at every step: without a Python call for each.
+"""
 
-    Read from below the public functions: `torch.backends` refuses to tell the old name of a setting whose new one is in
-    use.
-    """
-    return (
-        _precision("matmul"),
-        _precision("conv"),
-        _C._get_cublas_allow_fp16_reduced_precision_reduction(),
-        _C._get_cublas_allow_bf16_reduced_precision_reduction(),
-        _C._get_cublas_allow_fp16_accumulation(),
-        _C._get_deterministic_algorithms(),
-        _C._get_cudnn_deterministic(),
-        _C._get_cudnn_enabled(),
-        _C._get_flash_sdp_enabled(),
-        _C._get_mem_efficient_sdp_enabled(),
-        _C._get_math_sdp_enabled(),
-        _C._get_cudnn_sdp_enabled(),
-        _C._get_math_sdp_allow_fp16_bf16_reduction(),
-    )
-
-
-def _precision(operation: str) -> str:
-    """Of float32 on CUDA; where nobody has said anything that is float32 itself."""
-    precision: str = _C._get_fp32_precision_getter("cuda", operation)
-    return "ieee" if precision == "none" else precision
+read = methodcaller("__call__")

@@ -179,10 +179,10 @@ class IdentitySnapshot:
                 and all(map(is_, chain.from_iterable(self._containers), self._items))
                 and not any(self._empty)
                 and [*map(_version, self._tensors)] == self._versions
-                and all(value == items for value, items in self._sets)
+                and (not self._sets or all(value == items for value, items in self._sets))
                 and all(map(is_, map(_content, self._cells), self._held))
                 and all(map(is_, chain.from_iterable(map(_defaults, self._functions)), self._defaults))
-                and all(_contents(cell) is _EMPTY for cell in self._empty_cells)
+                and (not self._empty_cells or all(_contents(cell) is _EMPTY for cell in self._empty_cells))
             )
         except (RuntimeError, TypeError, ValueError):  # a dictionary is changing its size; arrays compare as arrays
             return False

@@ -253,7 +253,8 @@ def test_without_triton_the_operators_say_so_and_run_in_pytorch(monkeypatch: pyt
     for name in [*sys.modules]:
         if name.startswith("passes.kernels.group_norm_"):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(passes.kernels, "group_norm_launch", raising=False)
+    for name in ("group_norm_launch", "group_norm_triton"):
+        monkeypatch.delattr(passes.kernels, name, raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.warns(UserWarning, match="runs as plain PyTorch: triton cannot be imported"):
         assert operators._kernels() is None
