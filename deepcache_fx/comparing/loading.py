@@ -1,4 +1,4 @@
-"""Load a diffusers pipeline by name for the command line; every mistake is one clear `DeepCacheError`."""
+"""Load a diffusers pipeline by name; every mistake is one clear `DeepCacheError`."""
 
 from __future__ import annotations
 
