@@ -71,7 +71,7 @@ def test_each_schedule_is_made_of_its_controls(schedule: str, expected: object) 
         ("guidance_scale", math.inf, "0 to 30"),
         ("schedule", "random", "one of uniform"),
         ("interval", 0, "1 to 150"),
-        ("full_steps", "1; drop", ""),
+        ("full_steps", "1; drop", "step numbers as in 0, 5, 10"),
         ("branch", 6, "0 to 5"),
         ("forecast", 1, "one of auto"),
     ],
