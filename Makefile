@@ -12,12 +12,12 @@ TESTS := $(BIN)/python -m pytest --durations=10
 .PHONY: demo test test-all test-gpu check bench docs format clean
 .DEFAULT_GOAL := demo
 
-# What the package itself needs.
+# What the package itself needs, and OpenVINO, which compiles on a CPU.
 $(RUNTIME): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: constraints.txt pins for it" if sys.version_info < (3, 11) else 0)'
 	@echo "installing into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) .
+	@$(INSTALL) '.[cpu]'
 	@touch $@
 
 # And what its tests, benchmarks and checks need.

@@ -13,7 +13,7 @@ from deepcache_fx.errors import DeepCacheError, OptionError
 from deepcache_fx.graph.pass_order import check_disabled
 from deepcache_fx.graph.signature import ExampleInputs, UnsupportedInput
 from deepcache_fx.options import Forecast, Options
-from deepcache_fx.runtime.attach import attach, bring_back, check_attachable, detach, original_class, runtime_of
+from deepcache_fx.runtime.attach import attach, bring_back, check_attachable, original_class, pause, runtime_of
 from deepcache_fx.runtime.report import Report
 from deepcache_fx.runtime.runtime import Runtime
 from deepcache_fx.schedules.branch import Branch
@@ -40,6 +40,7 @@ def optimize(
     max_captures: int = 8,
     on_failure: Literal["raise", "uncached"] = "raise",
     ignore: Sequence[str] | str = (),
+    dynamic: bool | Literal["auto"] = False,
     example_inputs: ExampleInputs | None = None,
 ) -> T:
     """Make a UNet cache its deep feature from step to step (DeepCache, arXiv 2312.00858), as two static graphs.
@@ -84,6 +85,11 @@ def optimize(
         ignore: Arguments that never matter to the result, by name, or by a dotted path where an argument is a
             dictionary: "transformer_options.uuids". Another value there is no new capture: the graph goes on with what
             it was captured with. Tensors there are inputs as ever.
+        dynamic: One capture for many sizes: True captures height, width and batch as symbols, "auto" does so at the
+            second size, False captures each size by itself. Sizes for which the model takes another way (odd ones, a
+            batch of 1) get a capture of their own; a model that cannot be captured so goes on as with False, and
+            `report` says why. Backends other than eager still compile each size. A change of size within a run is a
+            full step.
         example_inputs: Arguments of a UNet call, by name or position: capture now instead of at the first call.
 
     Returns:
@@ -115,6 +121,7 @@ def optimize(
         max_captures=max_captures,
         on_failure=on_failure,
         ignore=ignore,
+        dynamic=dynamic,
     )
     module, pipeline = _resolve(target)
     check_attachable(module)
@@ -131,6 +138,8 @@ def optimize(
         except BaseException:
             _bring_back(module, before)
             raise
+    if before is not None and not runtime.shares_programs(before) and not before.kept_by:
+        before.release()
     return target
 
 
@@ -142,10 +151,12 @@ def _replace(module: torch.nn.Module, before: Runtime | None, wanted: Options) -
         raise DeepCacheError(f"{type(module).__name__} cannot be optimised: {error}") from error
     runtime.on_first_failure = restore
     followers = before.followers() if before is not None else []
-    restore(module)
+    pause(module)
     adopts = before is not None and before.options.same_programs(wanted)
     if before is not None and adopts:
         runtime.adopt(before)
+    elif before is not None and before.device is not None and not runtime.model_state.are_moved(before.device):
+        before.undo_layout()
     attach(module, runtime)
     for follower in followers:
         known = follower if adopts and isinstance(follower, PipelineFollower) else None
@@ -155,20 +166,24 @@ def _replace(module: torch.nn.Module, before: Runtime | None, wanted: Options) -
 
 def _bring_back(module: torch.nn.Module, before: Runtime | None) -> None:
     """Attach the runtime that was there before, or none."""
-    if runtime_of(module) is not before:
-        restore(module)
+    runtime = runtime_of(module)
+    if runtime is not before:
+        pause(module)
+        if runtime is not None and (before is None or not runtime.shares_programs(before)):
+            runtime.release()
         if before is not None:
             bring_back(module, before)
 
 
 def restore(target: T) -> T:
-    """Undo `optimize` exactly, on a UNet or a pipeline and its ControlNet; nothing where there is nothing to undo."""
+    """Undo `optimize` exactly, on a UNet or a pipeline and its ControlNet; nothing where there is nothing to undo.
+
+    What programs, recorded graphs and cached features held on the device is free when this returns.
+    """
     module, _ = _resolve(target)
-    runtime = runtime_of(module)
+    runtime = pause(module)
     if runtime is not None:
-        runtime.stop_following()
-        detach(module)
-        runtime.model_state.restore()
+        runtime.release()
     return target
 
 
@@ -249,10 +264,14 @@ def optimized(target: T, *args: Any, **kwargs: Any) -> Iterator[T]:
     """`optimize` for the length of a with block; takes the same arguments. What was there before comes back."""
     module, _ = _resolve(target)
     before = runtime_of(module)
-    optimize(target, *args, **kwargs)
+    if before is not None:
+        before.kept_by += 1
     try:
+        optimize(target, *args, **kwargs)
         yield target
     finally:
+        if before is not None:
+            before.kept_by -= 1
         _bring_back(module, before)
 
 

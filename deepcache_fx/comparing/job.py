@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from deepcache_fx.api import restore
 from deepcache_fx.errors import DeepCacheError
-from deepcache_fx.runtime.attach import bring_back, runtime_of
+from deepcache_fx.runtime.attach import bring_back, pause
 
 Progress = Callable[[str, int, int], None]
 """Called as (stage, denoising steps done, denoising steps of this stage). What it raises ends the run."""
@@ -24,10 +23,11 @@ REFINER_START = 0.8
 
 @contextmanager
 def paused(pipes: Sequence[Any]) -> Iterator[None]:
-    """The pipelines as they were before `optimize`, for the length of a with block; captures are kept."""
-    runtimes = [(item.unet, runtime_of(item.unet)) for item in pipes]
-    for item in pipes:
-        restore(item)
+    """The pipelines without caching, for the length of a with block; captures are kept.
+
+    Weights keep the layout that programs want: to undo it would have every graph recorded anew in a run that is timed.
+    """
+    runtimes = [(item.unet, pause(item.unet)) for item in pipes]
     try:
         yield
     finally:

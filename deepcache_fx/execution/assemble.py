@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ from itertools import chain
 import torch
 from torch import fx
 
+from deepcache_fx.errors import CaptureError
 from deepcache_fx.execution.compile import compile_variants, copies_weights, pick_backend
 from deepcache_fx.execution.cuda_graph_programs import CudaGraphPrograms
 from deepcache_fx.execution.cuda_graphs import RECORDERS, Recorder
@@ -18,6 +20,7 @@ from deepcache_fx.graph.capture import Captured
 from deepcache_fx.graph.only import Only
 from deepcache_fx.graph.pass_order import apply_passes, finish
 from deepcache_fx.graph.signature import Call
+from deepcache_fx.graph.sizes import Sizes, at, fixed
 from deepcache_fx.graph.skips import pick_branches, require_skip_connections
 from deepcache_fx.graph.split import RATES, Variant, Variants, copied, split
 from deepcache_fx.graph.weights import Binding, is_aligned, let_go_of_weights, unwrapped
@@ -68,6 +71,8 @@ class Entry:
     """The number of the weights that it is bound to (see `fingerprint.Settings`)."""
     seconds: float = 0.0
     """Of all that made it, the capture included."""
+    many: ManySizes | None = None
+    """What it is one size of, where the capture serves many."""
 
     def __post_init__(self) -> None:
         self.names = tuple(self.variants.named())[1:]
@@ -84,7 +89,15 @@ class Entry:
         variants = self.variants.named().values()
         stages = [variant.prompt for variant in variants if variant.prompt is not None]
         raw = [self.raw] if self.raw is not None else []
+        raw += self.many.graphs() if self.many is not None else []
         return [self.captured.graph, *(variant.step for variant in variants), *stages, *raw]
+
+    def at(self, call: Call) -> Entry | None:
+        """The entry of the same capture for a call of other sizes; None where the capture does not serve those.
+
+        It has programs, buffers and recorded graphs of its own, and shares the graphs that were captured.
+        """
+        return None if self.many is None else self.many.entry(call)
 
     def copies_weights(self) -> bool:
         """True where something else than these graphs may hold the values of weights, or what follows from them."""
@@ -126,6 +139,14 @@ def assemble(
     rates = [name for name in RATES if options.uses(name)]
     chosen = list(dict.fromkeys(branches.values()))
     variants = split(captured, chosen, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.order)
+    cuts = {branch: chosen.index(found) for branch, found in branches.items()}
+    if captured.sizes is not None:
+        let_go_of_weights(captured.graph)
+        many = ManySizes(captured, captured.sizes, variants, cuts, records, options, recorders)
+        entry = many.entry(call)
+        if entry is None:
+            raise CaptureError(f"{name} was captured for many sizes, and not for those of the call itself")
+        return entry
     variants, more = finish(variants, options)
     why_not = why_not_recorded(options, call)
     compiled = compiled_variants(variants, options, call.sample.device, why_not, recorders)
@@ -134,15 +155,66 @@ def assemble(
     return Entry(
         captured,
         variants,
-        {branch: chosen.index(found) for branch, found in branches.items()},
+        cuts,
         _prompt_stages(variants),
         programs,
         (*records, *more),
-        ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors),
+        _shapes(call),
         compiled,
         again,
         raw,
     )
+
+
+@dataclass(frozen=True)
+class ManySizes:
+    """A capture whose batch, height and width are symbols: an entry for each size that is met.
+
+    The graphs' own operators run for any size; compilers are given the graphs with the numbers of one size in them, so
+    that a step is the one that it would be had each size been captured by itself.
+    """
+
+    captured: Captured
+    sizes: Sizes
+    variants: Variants
+    cuts: Mapping[Branch | None, int]
+    passes: tuple[PassRecord, ...]
+    options: Options
+    recorders: MutableMapping[torch.device, Recorder]
+
+    def graphs(self) -> list[fx.GraphModule]:
+        """All that hold weights."""
+        return [graph for item in self.variants.named().values() for graph in (item.step, item.prompt) if graph]
+
+    def entry(self, call: Call) -> Entry | None:
+        """The entry for the sizes of this call; None where the capture does not serve them."""
+        started = time.perf_counter()
+        values = self.sizes.values(call.tensors)
+        if values is None:
+            return None
+        size = at(values)
+        variants, device = self.variants.at(size, self.captured.graph.graph), call.sample.device
+        if pick_backend(self.options, device) != "eager":
+            variants = variants.with_steps({k: fixed(v.step, size) for k, v in variants.named().items()})
+        variants, more = finish(variants, self.options)
+        why_not = why_not_recorded(self.options, call)
+        compiled = compiled_variants(variants, self.options, device, why_not, self.recorders)
+        return Entry(
+            self.captured,
+            variants,
+            self.cuts,
+            _prompt_stages(variants),
+            compiled.record(compiled.called),
+            (*self.passes, *more),
+            _shapes(call),
+            compiled,
+            many=self,
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _shapes(call: Call) -> str:
+    return ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors)
 
 
 def _may_read_weights(item: Pass) -> bool:

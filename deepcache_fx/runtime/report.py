@@ -196,6 +196,8 @@ class Report:
     """The ControlNets of the pipelines that were optimised."""
     rebound: int = 0
     """How often what was captured went on with other weights, without a capture."""
+    sizes: tuple[str, ...] = ()
+    """What became of `dynamic`: which sizes one capture serves, or why each is captured by itself."""
 
     @property
     def capture_seconds(self) -> float:
@@ -263,6 +265,7 @@ class Report:
             lines += [f"  {title}: {count} x {reason}" for reason, count in reasons.items()]
         if self.rebound:
             lines.append(f"  other weights {self.rebound} times, without a capture")
+        lines += [f"  {line}" for line in self.sizes]
         if self.timestep_syncs:
             lines.append(
                 f"  timestep read back from the device {self.timestep_syncs} times: pass the pipeline to optimize"

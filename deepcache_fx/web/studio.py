@@ -9,14 +9,14 @@ from __future__ import annotations
 import inspect
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from deepcache_fx.api import __version__, optimize, report, restore
+from deepcache_fx.api import __version__, optimize, report
 from deepcache_fx.comparing import loading
 from deepcache_fx.comparing.comparison import Comparison, UNetCalls
 from deepcache_fx.comparing.job import Job, paused
@@ -24,7 +24,7 @@ from deepcache_fx.comparing.picture import to_images
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.files.png_metadata import encode_png
 from deepcache_fx.planning.plan import BranchPlan, plan
-from deepcache_fx.runtime.attach import bring_back, runtime_of
+from deepcache_fx.runtime.attach import bring_back, pause, runtime_of
 from deepcache_fx.runtime.runtime import Runtime
 from deepcache_fx.schedules.branch import Branch
 from deepcache_fx.schedules.schedule import Schedule
@@ -35,6 +35,9 @@ Watch = Callable[[str, int, int], None]
 
 PREPARING, UNCACHED, CACHED = "Preparing", "Without caching", "With caching"
 """The stages."""
+
+_Programs: TypeAlias = tuple[Branch, Branch | None, object]
+"""(branch, deeper branch, forecast)."""
 
 PROGRAMS_KEPT = 2
 """Of how many combinations of branch, deeper branch and forecast: with OpenVINO each holds copies of the weights."""
@@ -118,7 +121,7 @@ class Studio:
         known = {class_name: short for short, class_name in loading.SCHEDULERS.items()}
         own = known.get(type(pipe.scheduler).__name__)
         self.own_scheduler = own if own in self.choices.schedulers else self.choices.schedulers[0]
-        self._kept: OrderedDict[tuple[Branch, Branch | None, object], Runtime] = OrderedDict()
+        self._kept: OrderedDict[_Programs, Runtime] = OrderedDict()
         self._warm: set[object] = set()
 
     def unet_steps(self, scheduler: str, steps: int) -> int:
@@ -140,14 +143,8 @@ class Studio:
         Raises:
             DeepCacheError: in one sentence, what the pipeline, its sampler or `optimize` refuses.
         """
-        try:
+        with loading.one_line_errors("a smaller size"):
             return self._make(settings, compare, watch)
-        except torch.OutOfMemoryError as error:
-            raise DeepCacheError("The server is out of memory: choose a smaller size.") from error
-        except DeepCacheError:
-            raise
-        except ValueError as error:  # the pipeline's own checks
-            raise DeepCacheError(str(error)) from error
 
     def _make(self, settings: Settings, compare: bool, watch: Watch) -> Outcome:
         preparation = self._prepare(settings, compare, watch)
@@ -200,10 +197,11 @@ class Studio:
         started = time.perf_counter()
         self._pipe.scheduler = self._new_scheduler(settings.scheduler)
         known = self._kept.pop(programs, None)
-        if known is not None and runtime_of(self._pipe.unet) is not known:
-            restore(self._pipe)
-            bring_back(self._pipe.unet, known)
-        optimize(self._pipe, schedule=_Prepare(deeper), **arguments)
+        if known is None or runtime_of(self._pipe.unet) is not known:
+            pause(self._pipe.unet)  # keeps its programs: `optimize` in its place would free them
+            if known is not None:
+                bring_back(self._pipe.unet, known)
+        self._attach(programs, _Prepare(deeper), arguments)
         quick = replace(settings, steps=PREPARING_STEPS)
         guided = settings.guidance_scale > 1
         for wanted, key in ((True, (programs, settings.size, settings.scheduler, guided)), (compare, settings.size)):
@@ -212,19 +210,24 @@ class Studio:
                     self._run(quick, PREPARING, watch)
                 self._warm.add(key)
         self._pipe.scheduler = self._new_scheduler(settings.scheduler)
-        optimize(self._pipe, schedule=timetable, **arguments)
+        self._attach(programs, timetable, arguments)
+        return time.perf_counter() - started
+
+    def _attach(self, programs: _Programs, schedule: Schedule, arguments: Mapping[str, Any]) -> None:
+        """Attach these programs, keep them for later visitors, and free those that were not used for longest."""
+        optimize(self._pipe, schedule=schedule, **arguments)
         runtime = runtime_of(self._pipe.unet)
         assert runtime is not None
         self._kept[programs] = runtime
         while len(self._kept) > PROGRAMS_KEPT:
-            gone, _ = self._kept.popitem(last=False)
+            gone, released = self._kept.popitem(last=False)
+            released.release()
             self._warm = {key for key in self._warm if not (isinstance(key, tuple) and key[0] == gone)}
-        return time.perf_counter() - started
 
     def _run(self, settings: Settings, stage: str, watch: Watch) -> tuple[Run, torch.Tensor]:
         """One run with the caching that is attached now."""
         scheduler = self._new_scheduler(settings.scheduler)
-        clock = _StepClock(scheduler)
+        clock = _StepClock(scheduler, on_cuda=self._pipe.device.type == "cuda")
         self._pipe.scheduler = scheduler
         runtime = runtime_of(self._pipe.unet)
         if runtime is not None:
@@ -276,7 +279,8 @@ class Studio:
 class _StepClock:
     """Times the steps of one run: from `scheduler.set_timesteps` on, which a pipeline calls just before its loop."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, *, on_cuda: bool) -> None:
+        self._on_cuda = on_cuda
         self._marks: list[Any] = []
 
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
@@ -294,14 +298,13 @@ class _StepClock:
     def seconds(self) -> tuple[float, ...]:
         """Of each step. To be asked when the device is through with them."""
         pairs = zip(self._marks, self._marks[1:], strict=False)
-        if torch.cuda.is_available():
+        if self._on_cuda:
             return tuple(before.elapsed_time(after) / 1000 for before, after in pairs)
         return tuple(after - before for before, after in pairs)
 
-    @staticmethod
-    def _mark() -> Any:
+    def _mark(self) -> Any:
         """On CUDA an event, which nothing waits for."""
-        if not torch.cuda.is_available():
+        if not self._on_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()

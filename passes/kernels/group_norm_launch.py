@@ -100,7 +100,7 @@ def normalize(
     programs = samples * wide.count
     splits, split_steps = share(size, block_s, min(MAX_SPLITS, 3 * _processors(out.device) // programs))
     parts, steps = share(size, block_s, 8 * _processors(out.device) // programs)
-    table = torch.empty(2, samples, splits, num_groups, device=out.device)
+    table = torch.empty(2, samples, splits, num_groups, dtype=torch.float32, device=out.device)
     with _device(out):
         kernels.statistics[(wide.count, splits, samples)](
             a, b, addend, table, *shape,

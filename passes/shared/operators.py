@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from passes.shared.match import is_op
+from passes.shared.sizes import hint
 
 aten = torch.ops.aten
 
@@ -56,5 +57,5 @@ def count(value: torch.Tensor) -> int:
     """How many elements a fake tensor has; sizes that are not fixed count as in the example they were captured with."""
     result = 1
     for size in value.shape:
-        result *= size if isinstance(size, int) else size.node.hint
+        result *= hint(size)
     return result

@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from passes.shared.match import is_view, value
+from passes.shared.sizes import layout
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def propagate(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
             node.meta["val"] = new
 
 
-def _layout(value: Any) -> list[tuple[int, ...]]:
-    return [leaf.stride() for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+def _layout(value: Any) -> list[tuple[Any, ...]]:
+    return [layout(leaf)[1] for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def copied_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

@@ -17,7 +17,7 @@ from passes import Canonicalize, PassError, pass_name, run_passes
 from passes.shared.match import ancestors, eliminate_dead_code, is_op, only_user
 
 aten = torch.ops.aten
-ALLOWED = {"torch", "triton", "networkx", "passes", *sys.stdlib_module_names}
+ALLOWED = {"torch", "triton", "networkx", "sympy", "passes", *sys.stdlib_module_names}
 
 
 def foreign_imports(source: str) -> set[str]:
