@@ -27,7 +27,7 @@ from deepcache_fx.planning.plan import BranchPlan, plan
 from deepcache_fx.runtime.attach import bring_back, pause, runtime_of
 from deepcache_fx.runtime.runtime import Runtime
 from deepcache_fx.schedules.branch import Branch
-from deepcache_fx.schedules.schedule import Schedule
+from deepcache_fx.schedules.schedule import Schedule, letters
 from deepcache_fx.web.settings import Choices, Settings
 
 Watch = Callable[[str, int, int], None]
@@ -43,6 +43,16 @@ PROGRAMS_KEPT = 2
 """Of how many combinations of branch, deeper branch and forecast: with OpenVINO each holds copies of the weights."""
 CAPTURES_KEPT = 3
 """Of how many sizes, for each of them."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run is going to be."""
+
+    letters: str
+    """What each step is: F full, s shallow, t deeper."""
+    bound: float
+    """On the speed-up of the UNet, from its arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,28 @@ class Studio:
         self._kept: OrderedDict[_Programs, Runtime] = OrderedDict()
         self._warm: set[object] = set()
 
-    def unet_steps(self, scheduler: str, steps: int) -> int:
+    def preview(self, settings: Settings) -> Preview:
+        """Which steps of a run are full, and what that can gain. Runs nothing.
+
+        Raises:
+            DeepCacheError: the sampler cannot make so many steps.
+        """
+        count = self._unet_steps(settings.scheduler, settings.steps)
+        timetable = settings.timetable()
+        full = timetable.full_steps(count)
+        others = sorted(set(range(count)) - set(full))
+        deeper = [step for step in others if timetable.branch_at(step, count) is not None]
+        shallow = len(others) - len(deeper)
+        cost = len(full) + shallow * self._share(settings.branch)
+        cost += len(deeper) * self._share(settings.deeper) if deeper else 0.0
+        return Preview(letters(full, deeper, count), count / cost)
+
+    def _share(self, branch: int) -> float:
+        """A shallow step's part of a full one's arithmetic, as `optimize` does it."""
+        found = self.branches[branch]
+        return found.hoisted.total / found.full.total
+
+    def _unet_steps(self, scheduler: str, steps: int) -> int:
         """How many denoising steps the sampler makes of so many: PNDM one more, Heun about twice as many.
 
         Raises:
@@ -323,7 +354,7 @@ def _sizes(pipe: Any) -> tuple[tuple[int, int], ...]:
     sample = getattr(pipe.unet.config, "sample_size", None) or 64
     own = (sample if isinstance(sample, int) else sample[0]) * scale
     levels = len(getattr(pipe.unet.config, "block_out_channels", (0,) * 4)) - 1
-    unit = max(8, scale * 2**levels)
+    unit = max(8, scale << levels)
 
     def fitting(share: float) -> int:
         return max(unit, round(own * share / unit) * unit)

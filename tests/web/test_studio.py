@@ -17,6 +17,7 @@ from deepcache_fx.files.png_metadata import read_settings
 from deepcache_fx.web.settings import Settings
 from deepcache_fx.web.studio import CACHED, PREPARING, UNCACHED, Studio
 from tests import small
+from tests.families import thorough
 
 ASKED = Settings(
     prompt="a cat",
@@ -69,6 +70,7 @@ def by_hand(settings: Settings, *, cached: bool = True) -> Any:
     return np.asarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)).squeeze()
 
 
+@thorough
 def test_visitors_in_turn_each_get_the_picture_of_a_pipeline_of_their_own(studio: Studio) -> None:
     wanted = [
         ASKED,
@@ -125,8 +127,20 @@ def test_every_step_of_every_stage_is_told(studio: Studio) -> None:
         assert [(done, total) for name, done, total in told if name == stage] == [(n, 6) for n in range(7)]
 
 
-def test_samplers_tell_how_many_steps_they_make(studio: Studio) -> None:
-    assert [studio.unet_steps(name, 10) for name in ("ddim", "heun")] == [10, 19]
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ASKED,
+        replace(ASKED, scheduler="heun", interval=2),
+        replace(ASKED, schedule="nested", interval=6),
+        replace(ASKED, schedule="steps", full_steps="2, 3"),
+    ],
+    ids=lambda settings: f"{settings.scheduler}-{settings.schedule}",
+)
+def test_a_preview_is_what_the_run_then_does(studio: Studio, settings: Settings) -> None:
+    foreseen, found = studio.preview(settings), make(studio, settings)
+    assert foreseen.letters == found.letters
+    assert foreseen.bound == pytest.approx(found.bound, rel=0.1)  # of the published split; the graph hoists a little
 
 
 def test_what_the_sampler_refuses_is_told_in_words(studio: Studio) -> None:
