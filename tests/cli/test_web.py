@@ -32,7 +32,7 @@ def test_outside_a_checkout_a_model_is_to_be_named(monkeypatch: pytest.MonkeyPat
 def test_a_wrong_argument_is_one_line() -> None:
     refused(["web", "--model", "./nowhere"], "there is no directory './nowhere'")
     refused(["web", "--device", "moon"], "device 'moon' cannot be used here")
-    refused(["web", "--port", "70000"], "70000")
+    refused(["web", "--port", "70000"], "'--port'")
 
 
 def test_other_commands_import_no_gradio() -> None:
