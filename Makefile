@@ -11,7 +11,7 @@ WEB_TEST := $(VENV)/.web-test
 INSTALL := $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable
 TESTS := $(BIN)/python -m pytest --durations=10
 
-.PHONY: demo web test test-all test-gpu test-web check bench docs format clean
+.PHONY: demo web test test-all test-gpu test-web test-comfyui check bench docs format clean
 .DEFAULT_GOAL := demo
 
 # What the package itself needs, and OpenVINO, which compiles on a CPU.
@@ -53,10 +53,10 @@ web: $(WEB) ## the same pipeline as a web page, at http://127.0.0.1:7860
 	@$(BIN)/deepcache-fx web
 
 test: $(DEV) ## every promise, one representative of each family of tests: minutes
-	$(TESTS) -n auto --dist worksteal -m "not thorough and not gpu and not web"
+	$(TESTS) -n auto --dist worksteal -m "not thorough and not gpu and not web and not comfyui"
 
 test-all: $(DEV) ## the rest: the families in full, and properties with many examples
-	$(TESTS) -n auto --dist worksteal -m "(thorough or hypothesis) and not gpu and not web" --hypothesis-profile=thorough
+	$(TESTS) -n auto --dist worksteal -m "(thorough or hypothesis) and not gpu and not web and not comfyui" --hypothesis-profile=thorough
 
 test-gpu: $(DEV) ## the tests that need a CUDA device; without one they are skipped, and say so
 	$(TESTS) -rs -m gpu
@@ -65,6 +65,10 @@ test-web: $(WEB_TEST) ## the web page in a real browser: Debian's chromium, inst
 	@test -x /usr/bin/chromium || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
 		|| echo "there is no /usr/bin/chromium, and apt-get cannot install it"
 	$(TESTS) -rs -m web
+
+test-comfyui: $(DEV) ## the node in ComfyUI itself: COMFYUI=checkout [COMFYUI_PYTHON=python that has its requirements]
+	@test -n "$(COMFYUI)" || echo "COMFYUI names no checkout of ComfyUI: what needs one is skipped (docs/comfyui.md)"
+	$(TESTS) -rs tests/comfyui -m "comfyui or not thorough"
 
 check: $(DEV) ## lint, format, types, imports
 	$(BIN)/ruff check .

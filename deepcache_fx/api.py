@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from deepcache_fx.cards.choose import choose
+from deepcache_fx.cards.family import facts_of
 from deepcache_fx.controlnet.follow import PipelineFollower
 from deepcache_fx.errors import DeepCacheError, OptionError
 from deepcache_fx.graph.pass_order import check_disabled
@@ -25,8 +27,8 @@ T = TypeVar("T")
 
 def optimize(
     target: T,
-    interval: int = 3,
-    branch: Branch | Sequence[int] = 0,
+    interval: int | None = None,
+    branch: Branch | Sequence[int] | None = None,
     *,
     schedule: object = None,
     passes: Sequence[Callable[..., Any]] = (),
@@ -36,7 +38,8 @@ def optimize(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     cuda_graphs: bool | Literal["auto"] = "auto",
-    forecast: Forecast = "auto",
+    forecast: Forecast | None = None,
+    preset: Literal["fast", "balanced", "close"] | None = None,
     max_captures: int = 8,
     on_failure: Literal["raise", "uncached"] = "raise",
     ignore: Sequence[str] | str = (),
@@ -53,13 +56,14 @@ def optimize(
         target: A UNet module, or a diffusers pipeline: its `.unet` is optimised, its `.scheduler` marks the steps, and
             a ControlNet of it (`.controlnet`, one or several) computes in a shallow step only the residuals that the
             UNet reads then. A ControlNet that cannot be captured runs as it is; `report` says why.
-        interval: 1:N caching: the whole UNet runs at every N-th denoising step. 1 caches nothing.
-        branch: The skip connection to cut at: its number from the output (0 is the shallowest: fastest), or the
-            published (block, layer).
+        interval: 1:N caching: the whole UNet runs at every N-th denoising step. 1 caches nothing. 3 where left out.
+        branch: The skip connection to cut at: its number from the output (0, the shallowest and fastest, where left
+            out), or the published (block, layer).
         schedule: Replaces `interval`: `Uniform(n)`, `Power(n, power, center)`, `Steps([...])`, `Window(start, end,
             inner)`, `Nested(inner, deeper)`, or a function of the step (and, if it takes two arguments, the number of
             steps) that is true where the step is full.
-        passes: Extra graph passes, applied in order to the captured graph before the split.
+        passes: Extra graph passes, applied in order to the captured graph before the split; those that say
+            `after_split = True`, as `FuseGroupNorm` does, to each variant after it.
         disable: Default passes to leave out, by name; "all" keeps the captured graph as it is.
         backend: "auto" (Inductor on CUDA; on a CPU OpenVINO where it is installed and the model is float32; else
             eager), "eager", "openvino", or any torch.compile backend. With OpenVINO programs hold copies of the weights
@@ -74,10 +78,13 @@ def optimize(
             as many threads as PyTorch where that is not given).
         cuda_graphs: Record both variants as CUDA graphs. "auto" does so on CUDA, except for the eager backend. Where a
             variant cannot be recorded it is called, and `report` says why.
+        preset: "fast", "balanced" or "close": interval, branch and forecast of the card for the model's family, where
+            they are not given. `report` says what was chosen and where it comes from.
         forecast: Degree of the polynomial through the last refreshes that a shallow step takes the cached feature from:
             1 is linear, 2 quadratic, and 0 repeats the last one, which is published DeepCache bit for bit. Keeps that
-            many more refreshes. "auto" takes 1, but 0 in runs whose scheduler draws noise or takes few uneven steps
-            (docs/fidelity.md); a UNet without its pipeline cannot tell: take 0 for LCM. `report` says what was taken.
+            many more refreshes. "auto", which is taken where it is left out, takes 1, but 0 in runs whose scheduler
+            draws noise or takes few uneven steps (docs/fidelity.md); a UNet without its pipeline cannot tell: take 0
+            for LCM. `report` says what was taken.
         max_captures: How many signatures are kept; the least recently used goes first.
         on_failure: What happens to calls for which there can be no programs (`torch.export` cannot follow the model,
             it has no such skip connection, a pass failed): "raise", or "uncached": the model runs as it is, with one
@@ -106,10 +113,12 @@ def optimize(
         >>> image = pipe("a photo of an astronaut").images[0]
         >>> print(deepcache_fx.report(pipe))
     """
+    module, pipeline = _resolve(target)
+    choice: dict[str, Any] = {"interval": interval, "branch": branch, "forecast": forecast, "schedule": schedule}
+    chosen = choose(preset, facts_of(module, pipeline), **choice) if preset is not None else None
+    choice = {name: value for name, value in (chosen.options if chosen else choice).items() if value is not None}
     wanted = Options.make(
-        interval=interval,
-        branch=branch,
-        schedule=schedule,
+        **choice,
         passes=passes,
         disable=disable,
         backend=backend,
@@ -117,13 +126,12 @@ def optimize(
         mode=mode,
         options=options,
         cuda_graphs=cuda_graphs,
-        forecast=forecast,
+        preset=chosen.description if chosen else None,
         max_captures=max_captures,
         on_failure=on_failure,
         ignore=ignore,
         dynamic=dynamic,
     )
-    module, pipeline = _resolve(target)
     check_attachable(module)
     check_disabled(wanted)
     wanted.schedule.check(module, getattr(pipeline, "scheduler", None))
@@ -208,7 +216,7 @@ def reset(target: object) -> None:
     _runtime(target).reset()
 
 
-def begin(target: object, num_steps: int | None = None) -> None:
+def begin(target: object, num_steps: int | None = None, *, may_forecast: bool = True) -> None:
     """Announce a run of this thread: its first denoising step begins now, and `step` ends each.
 
     For samplers of one's own, where no diffusers scheduler tells the steps and timesteps tell them badly (second-order
@@ -218,6 +226,8 @@ def begin(target: object, num_steps: int | None = None) -> None:
     Args:
         target: A UNet or pipeline that `optimize` was called on.
         num_steps: How many steps the run is going to have, if known; at least 1.
+        may_forecast: False where the sampler draws noise at its steps (ancestral, SDE, LCM), or takes few steps of very
+            different lengths: `forecast="auto"` then repeats the cached feature.
 
     Raises:
         DeepCacheError: the target is not optimised, or `num_steps` is no positive integer.
@@ -230,7 +240,7 @@ def begin(target: object, num_steps: int | None = None) -> None:
     """
     if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
         raise OptionError(f"num_steps must be an integer of at least 1, or None, got {num_steps!r}")
-    _runtime(target).run_announced(num_steps, by_caller=True)
+    _runtime(target).run_announced(num_steps, by_caller=True, may_forecast=may_forecast)
 
 
 def step(target: object) -> None:

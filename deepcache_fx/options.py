@@ -39,6 +39,8 @@ class Options:
     on_failure: Literal["raise", "uncached"] = "raise"
     ignore: tuple[str, ...] = ()
     dynamic: bool | Literal["auto"] = False
+    preset: str | None = None
+    """What was chosen by `optimize(preset=)`, in words."""
 
     def __post_init__(self) -> None:
         """Validate, for `make`.
@@ -89,7 +91,7 @@ class Options:
 
     def same_programs(self, other: Options) -> bool:
         """True where the other options need the same captured and compiled programs: only the steps differ."""
-        return replace(self, schedule=other.schedule) == other and (
+        return replace(self, schedule=other.schedule, preset=other.preset) == other and (
             set(self.schedule.branches) == set(other.schedule.branches)
         )
 

@@ -2,7 +2,7 @@
 
     x = div(y, 1.0)                        x -> y
     x = clone(y)                           x -> y, where it keeps y's strides
-    x = dropout(y, p, False)               x -> y
+    x = dropout(y, p, False)               x -> y; as well where p is 0
     x = to(y, dtype), contiguous(y)        x -> y, where y is so already
     x = to(to(y, wider), dtype)            x -> to(y, dtype), where nothing is lost on the way
     x = view(y, shape), expand(y, shape)   x -> y, where it has that shape and those strides already
@@ -57,7 +57,7 @@ def _may_share(node: fx.Node) -> bool:
 def _is_alias(node: fx.Node) -> bool:
     """An operator that returns its argument as it is."""
     if is_op(node, aten.dropout.default):
-        return node.args[2] is False
+        return node.args[2] is False or bool(node.args[1] == 0)
     if is_op(node, *_SHAPES):
         return _is_same(node, layout)
     if not is_op(node, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.contiguous.default):

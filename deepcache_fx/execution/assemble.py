@@ -133,6 +133,40 @@ def assemble(
     if raw is not None:
         like = _without_values(call, raw)
         again = partial(assemble, captured.with_graph(raw), like, options, name=name, recorders=recorders)
+    parts = divided(captured, call, options, name)
+    if parts.captured.sizes is not None:
+        let_go_of_weights(parts.captured.graph)
+        entry = ManySizes(parts, parts.captured.sizes, options, recorders).entry(call)
+        if entry is None:
+            raise CaptureError(f"{name} was captured for many sizes, and not for those of the call itself")
+        return entry
+    made = _entry(parts.finished(options), call, options, recorders)
+    let_go_of_weights(parts.captured.graph)
+    return replace(made, again=again, raw=raw)
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A captured call after the passes on it, split, and not yet compiled."""
+
+    captured: Captured
+    variants: Variants
+    cuts: Mapping[Branch | None, int]
+    """As of `Entry`."""
+    passes: tuple[PassRecord, ...]
+
+    def finished(self, options: Options) -> Divided:
+        """After the passes on each variant, too."""
+        variants, more = finish(self.variants, options)
+        return replace(self, variants=variants, passes=(*self.passes, *more))
+
+
+def divided(captured: Captured, call: Call, options: Options, name: str) -> Divided:
+    """Run the passes on a captured call, and split it. `name` is the model's.
+
+    Raises:
+        DeepCacheError: a pass failed, or there is no such branch.
+    """
     captured, records = apply_passes(captured, options)
     skips = require_skip_connections(captured.graph.graph, name)
     branches = pick_branches(skips, options.branch, options.schedule.branches, name)
@@ -140,29 +174,21 @@ def assemble(
     chosen = list(dict.fromkeys(branches.values()))
     variants = split(captured, chosen, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.order)
     cuts = {branch: chosen.index(found) for branch, found in branches.items()}
-    if captured.sizes is not None:
-        let_go_of_weights(captured.graph)
-        many = ManySizes(captured, captured.sizes, variants, cuts, records, options, recorders)
-        entry = many.entry(call)
-        if entry is None:
-            raise CaptureError(f"{name} was captured for many sizes, and not for those of the call itself")
-        return entry
-    variants, more = finish(variants, options)
-    why_not = why_not_recorded(options, call)
-    compiled = compiled_variants(variants, options, call.sample.device, why_not, recorders)
-    programs = compiled.record(compiled.called)
-    let_go_of_weights(captured.graph)
+    return Divided(captured, variants, cuts, tuple(records))
+
+
+def _entry(parts: Divided, call: Call, options: Options, recorders: MutableMapping[torch.device, Recorder]) -> Entry:
+    device = call.sample.device
+    compiled = compiled_variants(parts.variants, options, device, why_not_recorded(options, call), recorders)
     return Entry(
-        captured,
-        variants,
-        cuts,
-        _prompt_stages(variants),
-        programs,
-        (*records, *more),
-        _shapes(call),
+        parts.captured,
+        parts.variants,
+        parts.cuts,
+        _prompt_stages(parts.variants),
+        compiled.record(compiled.called),
+        parts.passes,
+        ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors),
         compiled,
-        again,
-        raw,
     )
 
 
@@ -174,17 +200,14 @@ class ManySizes:
     that a step is the one that it would be had each size been captured by itself.
     """
 
-    captured: Captured
+    parts: Divided
     sizes: Sizes
-    variants: Variants
-    cuts: Mapping[Branch | None, int]
-    passes: tuple[PassRecord, ...]
     options: Options
     recorders: MutableMapping[torch.device, Recorder]
 
     def graphs(self) -> list[fx.GraphModule]:
         """All that hold weights."""
-        return [graph for item in self.variants.named().values() for graph in (item.step, item.prompt) if graph]
+        return [graph for item in self.parts.variants.named().values() for graph in (item.step, item.prompt) if graph]
 
     def entry(self, call: Call) -> Entry | None:
         """The entry for the sizes of this call; None where the capture does not serve them."""
@@ -193,28 +216,12 @@ class ManySizes:
         if values is None:
             return None
         size = at(values)
-        variants, device = self.variants.at(size, self.captured.graph.graph), call.sample.device
-        if pick_backend(self.options, device) != "eager":
+        variants = self.parts.variants.at(size, self.parts.captured.graph.graph)
+        if pick_backend(self.options, call.sample.device) != "eager":
             variants = variants.with_steps({k: fixed(v.step, size) for k, v in variants.named().items()})
-        variants, more = finish(variants, self.options)
-        why_not = why_not_recorded(self.options, call)
-        compiled = compiled_variants(variants, self.options, device, why_not, self.recorders)
-        return Entry(
-            self.captured,
-            variants,
-            self.cuts,
-            _prompt_stages(variants),
-            compiled.record(compiled.called),
-            (*self.passes, *more),
-            _shapes(call),
-            compiled,
-            many=self,
-            seconds=time.perf_counter() - started,
-        )
-
-
-def _shapes(call: Call) -> str:
-    return ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors)
+        parts = replace(self.parts, variants=variants).finished(self.options)
+        entry = _entry(parts, call, self.options, self.recorders)
+        return replace(entry, many=self, seconds=time.perf_counter() - started)
 
 
 def _may_read_weights(item: Pass) -> bool:

@@ -34,8 +34,13 @@ from passes import SplitOverCat
 from passes.rates import also_return, extract, partition
 from passes.shared.match import ancestors, eliminate_dead_code
 from passes.shared.operators import count
-from passes.shared.rewrite import copied_graph
+from passes.shared.rewrite import add_call, copied_graph, propagate, strides_matter
 from passes.shared.sizes import hint
+
+aten = torch.ops.aten
+
+CHANNELS_LAST = ("cuda",)
+"""Where cached feature maps take the layout of channels-last convolutions."""
 
 RATES = ("refresh_rate", "prompt_rate")
 """What can be separated beside the deep operand itself; `optimize(..., disable=)` takes these names, too."""
@@ -206,7 +211,43 @@ def _to_keep(
         deep.insert(0, node)
         if at_refresh_rate:
             SplitOverCat(cat.name, alone=branch.operand)(graph)
-    return [partition(graph.graph, {node}).kept if at_refresh_rate else [node] for node in deep]
+    kept: list[Sequence[fx.Node]] = [
+        partition(graph.graph, {node}).kept if at_refresh_rate else [node] for node in deep
+    ]
+    return _channels_last(graph, kept) if _has_channels_last_weights(graph) else kept
+
+
+def _has_channels_last_weights(graph: fx.GraphModule) -> bool:
+    """True where convolutions were laid out for a device that wants them so (see `execution.memory_format`)."""
+    return any(_is_channels_last(weight) for weight in graph.parameters() if weight.device.type in CHANNELS_LAST)
+
+
+def _is_channels_last(value: torch.Tensor) -> bool:
+    dense = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return dense and not value.is_contiguous()
+
+
+def _channels_last(graph: fx.GraphModule, kept: Sequence[Sequence[fx.Node]]) -> list[Sequence[fx.Node]]:
+    """Keep contiguous feature maps in the layout of those around them, else every shallow step transposes some.
+
+    What a `view` would read in another layout stays as it is.
+    """
+    instead: dict[fx.Node, fx.Node] = {}
+    for node in dict.fromkeys(chain.from_iterable(kept)):
+        val = node.meta["val"]
+        contiguous = val.ndim == 4 and val.is_contiguous() and not val.is_contiguous(memory_format=torch.channels_last)
+        if node.op != "call_function" or not contiguous:
+            continue
+        options = {"memory_format": torch.channels_last}
+        clone = add_call(aten.clone.default, (node,), options, before=node.next, like=node)
+        if strides_matter(node, clone.meta["val"]):
+            graph.graph.erase_node(clone)
+            continue
+        instead[node] = clone
+        for user in [user for user in node.users if user is not clone]:
+            user.replace_input_with(node, clone)
+        propagate(graph.graph, [clone])
+    return [[instead.get(node, node) for node in nodes] for nodes in kept]
 
 
 def _caches(full: fx.GraphModule, outputs: int, kept: Sequence[Sequence[fx.Node]]) -> list[tuple[torch.Tensor, ...]]:

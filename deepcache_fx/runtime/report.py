@@ -198,6 +198,8 @@ class Report:
     """How often what was captured went on with other weights, without a capture."""
     sizes: tuple[str, ...] = ()
     """What became of `dynamic`: which sizes one capture serves, or why each is captured by itself."""
+    preset: str | None = None
+    """What `optimize(preset=)` chose, and where it comes from; None where none was given."""
 
     @property
     def capture_seconds(self) -> float:
@@ -257,6 +259,8 @@ class Report:
             f"  {calls} calls: {self.full_calls} full, {self.shallow_calls} shallow; "
             f"{self.original_calls} more uncached",
         ]
+        if self.preset is not None:
+            lines.append(f"  preset: {self.preset}")
         if calls and not self.engaged:
             lines.append("  the shallow variant never ran: nothing was saved")
         if self.last_run:

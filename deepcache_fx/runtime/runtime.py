@@ -26,7 +26,13 @@ from deepcache_fx.guards.model_state import ModelState
 from deepcache_fx.options import Options
 from deepcache_fx.runtime.captures import Captures
 from deepcache_fx.runtime.decision import StepDecision, decide
-from deepcache_fx.runtime.forecast_order import LISTENING_STEPS, ForecastOrder, order_of, order_with_noise
+from deepcache_fx.runtime.forecast_order import (
+    LISTENING_STEPS,
+    ForecastOrder,
+    order_of,
+    order_with_noise,
+    order_without_forecast,
+)
 from deepcache_fx.runtime.pairing import Expectation, PrecomputedInputs, UpcomingCall, pair
 from deepcache_fx.runtime.report import CaptureReport, ControlNetReport, Counts, CutReport, Report
 from deepcache_fx.runtime.sizes_met import SizesMet
@@ -142,9 +148,10 @@ class Runtime:
         self._state = ThreadState()
 
     def adopt(self, before: Runtime) -> None:
-        """Take over the programs of a runtime whose options differ in the schedule alone."""
+        """Take over the programs of a runtime whose options differ in the schedule alone, and what cannot have any."""
         self._entries, self.recorders, self.model_state = before._entries, before.recorders, before.model_state
         self.device, self.sizes_met = before.device, before.sizes_met
+        self.reader, self._failures = before.reader, before._failures
 
     def shares_programs(self, other: Runtime) -> bool:
         """True where either has adopted the other's programs."""
@@ -194,11 +201,14 @@ class Runtime:
         for follower in self._followers:
             follower.stop()
 
-    def run_announced(self, num_steps: int | None, *, by_caller: bool = False, are_uneven: bool = False) -> None:
+    def run_announced(
+        self, num_steps: int | None, *, by_caller: bool = False, are_uneven: bool = False, may_forecast: bool = True
+    ) -> None:
         """A scheduler, or the caller, begins a run. `are_uneven`: its steps are of very different lengths."""
         state = self._state
         state.tracker.run_announced(num_steps, by_caller=by_caller)
-        state.announced_order = order_of(self.options, None if by_caller else num_steps, are_uneven)
+        order = order_of(self.options, None if by_caller else num_steps, are_uneven)
+        state.announced_order = order if may_forecast else order_without_forecast(self.options, order)
         state.expected.begin()
         state.last_heard = next(_clock)
 
@@ -544,6 +554,7 @@ class Runtime:
             signatures=signatures,
             sizes=self.sizes_met.lines(),
             companions=tuple(filter(None, (follower.report() for follower in self.followers()))),
+            preset=self.options.preset,
         )
 
 

@@ -59,6 +59,11 @@ def share(size: int, block: int, most: int) -> tuple[int, int]:
     return _ceil(blocks, steps), steps
 
 
+def reads_once(size: int, channels: int, num_groups: int) -> bool:
+    """True where one kernel does it all: a program can hold its groups. Else one takes the statistics first."""
+    return _power(size) * tiles(channels // num_groups, num_groups, RUN // 2).block_c <= HELD
+
+
 def normalize(
     out: torch.Tensor,
     a: torch.Tensor,
@@ -83,9 +88,8 @@ def normalize(
     inputs = (a, b, addend, weight, bias, out)
     shape = (a.shape[1], 0 if b is None else b.shape[1], size, *strides)
 
-    held = tiles(group, num_groups, RUN // 2)
-    if _power(size) * held.block_c <= HELD:
-        block_s = _power(size)
+    if reads_once(size, channels, num_groups):
+        held, block_s = tiles(group, num_groups, RUN // 2), _power(size)
         with _device(out):
             kernels.whole_groups[(held.count, samples)](
                 *inputs, *shape, eps,

@@ -35,7 +35,7 @@ def is_random(node: fx.Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     if is_op(node, aten.dropout.default):
-        return argument(node, "train") is not False
+        return argument(node, "train") is not False and argument(node, "p") != 0
     takes_dropout = any(formal.name == "dropout_p" for formal in node.target._schema.arguments)  # type: ignore[union-attr]
     return not takes_dropout or argument(node, "dropout_p") != 0
 

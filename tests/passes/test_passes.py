@@ -213,6 +213,15 @@ def test_canonicalize_keeps_what_changes_type_or_layout_or_copies() -> None:
     check(Canonicalize(), graph_of(build, X), 0, X)
 
 
+def test_canonicalize_drops_dropout_of_nothing_in_training() -> None:
+    gm = graph_of(
+        lambda g, x: g.call_function(aten.neg.default, (g.call_function(aten.dropout.default, (x, 0.0, True)),)), X
+    )
+    result = Canonicalize()(gm)
+    assert result.modified
+    assert not gm.graph.find_nodes(op="call_function", target=aten.dropout.default)
+
+
 def test_canonicalize_keeps_dropout_in_training() -> None:
     gm = graph_of(lambda g, x: g.call_function(aten.dropout.default, (x, 0.5, True)), X)
     assert not Canonicalize()(gm).modified
