@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 DOCS := $(VENV)/.docs
+WEB := $(VENV)/.web
+WEB_TEST := $(VENV)/.web-test
 # Compiled when imported, not when installed: most modules of torch and transformers never are.
 INSTALL := $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable
 TESTS := $(BIN)/python -m pytest --durations=10
 
-.PHONY: demo test test-all test-gpu test-comfyui check bench docs format clean
+.PHONY: demo web test test-all test-gpu test-web test-comfyui check bench docs format clean
 .DEFAULT_GOAL := demo
 
 # What the package itself needs, and OpenVINO, which compiles on a CPU.
@@ -32,17 +34,37 @@ $(DOCS): $(RUNTIME)
 	@$(INSTALL) '.[docs]'
 	@touch $@
 
+# And what the web page needs.
+$(WEB): $(RUNTIME)
+	@echo "installing what the web page needs into $(VENV)"
+	@$(INSTALL) '.[web]'
+	@touch $@
+
+# And what drives a browser through it.
+$(WEB_TEST): $(DEV) $(WEB)
+	@echo "installing what the tests of the web page need into $(VENV)"
+	@$(INSTALL) '.[test-web]'
+	@touch $@
+
 demo: $(RUNTIME) ## a trained pipeline with and without caching: times, picture, report
 	@$(BIN)/deepcache-fx compare --model benchmarks/models/fashion-t2i --guidance-scale 4 --out output.png
 
+web: $(WEB) ## the same pipeline as a web page, at http://127.0.0.1:7860
+	@$(BIN)/deepcache-fx web
+
 test: $(DEV) ## every promise, one representative of each family of tests: minutes
-	$(TESTS) -n auto --dist worksteal -m "not thorough and not gpu and not comfyui"
+	$(TESTS) -n auto --dist worksteal -m "not thorough and not gpu and not web and not comfyui"
 
 test-all: $(DEV) ## the rest: the families in full, and properties with many examples
-	$(TESTS) -n auto --dist worksteal -m "(thorough or hypothesis) and not gpu and not comfyui" --hypothesis-profile=thorough
+	$(TESTS) -n auto --dist worksteal -m "(thorough or hypothesis) and not gpu and not web and not comfyui" --hypothesis-profile=thorough
 
 test-gpu: $(DEV) ## the tests that need a CUDA device; without one they are skipped, and say so
 	$(TESTS) -rs -m gpu
+
+test-web: $(WEB_TEST) ## the web page in a real browser: Debian's chromium, installed where apt-get may; skipped without one, and says so
+	@test -x /usr/bin/chromium || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+		|| echo "there is no /usr/bin/chromium, and apt-get cannot install it"
+	$(TESTS) -rs -m web
 
 test-comfyui: $(DEV) ## the node in ComfyUI itself: COMFYUI=checkout [COMFYUI_PYTHON=python that has its requirements]
 	@test -n "$(COMFYUI)" || echo "COMFYUI names no checkout of ComfyUI: what needs one is skipped (docs/comfyui.md)"

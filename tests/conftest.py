@@ -15,7 +15,7 @@ import torch
 import transformers
 from hypothesis import settings
 
-from deepcache_fx.cli.loading import IMPORTED_UNUSED
+from deepcache_fx.comparing.loading import IMPORTED_UNUSED
 from deepcache_fx.execution import openvino
 
 for name in IMPORTED_UNUSED:

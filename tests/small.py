@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
-from deepcache_fx.cli.comparison import Comparison, UNetCalls
+from deepcache_fx.comparing.comparison import Comparison, UNetCalls
 from tests import models
 
 SIZE = {"height": 16, "width": 16}

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from benchmarks import fashion
 from benchmarks.fidelity.samplers import takes_generator
-from deepcache_fx.cli.loading import load_pipeline
+from deepcache_fx.comparing.loading import load_pipeline
 
 
 class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]

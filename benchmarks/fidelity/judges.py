@@ -16,7 +16,7 @@ from benchmarks import fashion
 from benchmarks.fidelity.cases import Scores
 from benchmarks.fidelity.metrics import SetDistance
 from benchmarks.fidelity.models import MODELS, Model
-from deepcache_fx.cli.loading import LoadError
+from deepcache_fx.comparing.loading import LoadError
 
 CLASSIFIER = MODELS / "fashion-classifier.safetensors"
 CLIP = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"

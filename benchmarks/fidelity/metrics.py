@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from deepcache_fx.cli.comparison import ssim
+from deepcache_fx.comparing.comparison import ssim
 
 NEIGHBOURS = 3
 """The k of precision and recall, as in the paper."""

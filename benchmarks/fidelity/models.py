@@ -16,7 +16,7 @@ from benchmarks import fashion
 from benchmarks.fidelity import class_conditional
 from benchmarks.fidelity.clock import CallTimer
 from benchmarks.fidelity.samplers import seed_noise, use_sampler
-from deepcache_fx.cli.loading import LoadError, load_pipeline, pick_device, pick_dtype, read_prompts
+from deepcache_fx.comparing.loading import LoadError, load_pipeline, pick_device, pick_dtype, read_prompts
 
 MODELS = Path(__file__).parents[1] / "models"
 DIRECTORIES = {"t2i": MODELS / "fashion-t2i", "ddpm": MODELS / "fashion-ddpm"}

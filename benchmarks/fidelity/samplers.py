@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepcache_fx.cli.loading import LoadError, use_scheduler
+from deepcache_fx.comparing.loading import LoadError, use_scheduler
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command `deepcache-fx`, one file a command, and the comparison of cached and uncached images behind one.
+"""The command `deepcache-fx`, one file a command.
 
 May import: everything; typer and rich are imported here alone.
 Start reading at `app.main`.

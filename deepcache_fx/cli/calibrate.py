@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from deepcache_fx.calibration.calibrate import calibrate
-from deepcache_fx.cli import loading
 from deepcache_fx.cli import options as option
 from deepcache_fx.cli.progress import progress_bar
+from deepcache_fx.comparing import loading
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.files import writing as files
 from deepcache_fx.schedules.schedule import Calibrated

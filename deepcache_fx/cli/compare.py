@@ -14,11 +14,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deepcache_fx.cli import loading, picture
 from deepcache_fx.cli import options as option
-from deepcache_fx.cli.comparison import describe_psnr, describe_ssim
-from deepcache_fx.cli.paired_runs import Comparison, compare
 from deepcache_fx.cli.progress import progress_bar
+from deepcache_fx.comparing import loading, picture
+from deepcache_fx.comparing.comparison import describe_psnr, describe_ssim
+from deepcache_fx.comparing.paired_runs import Comparison, compare
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.files import writing as files
 from deepcache_fx.schedules.patterns import Power, Uniform

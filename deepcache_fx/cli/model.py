@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from deepcache_fx.cards.family import Facts
-from deepcache_fx.cli import loading
+from deepcache_fx.comparing import loading
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.planning.example_inputs import example_inputs
 from deepcache_fx.planning.presets import PRESETS, build_unet

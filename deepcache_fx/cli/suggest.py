@@ -10,9 +10,9 @@ from rich.table import Table
 
 from deepcache_fx.cards.family import family_of
 from deepcache_fx.cards.table import CARDS
-from deepcache_fx.cli import loading
 from deepcache_fx.cli import options as option
 from deepcache_fx.cli.model import named_model, read_facts
+from deepcache_fx.comparing import loading
 from deepcache_fx.files import writing as files
 from deepcache_fx.planning.plan import plan
 

@@ -34,7 +34,7 @@ from benchmarks.fidelity.setting import Setting, uniform_calls
 from benchmarks.fidelity.sweep import Sweep, Times, batches, total_seconds
 from benchmarks.fidelity.targets import targets
 from benchmarks.speed.report import is_results
-from deepcache_fx.cli.loading import LoadError
+from deepcache_fx.comparing.loading import LoadError
 from tests import models, small
 from tests.families import family
 

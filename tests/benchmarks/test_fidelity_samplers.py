@@ -24,7 +24,7 @@ from benchmarks.fidelity.orders import each_kind, gain
 from benchmarks.fidelity.report import grouped, write_report
 from benchmarks.fidelity.samplers import SAMPLERS
 from benchmarks.fidelity.sweep import Sweep
-from deepcache_fx.cli.loading import LoadError
+from deepcache_fx.comparing.loading import LoadError
 
 CASE = Case("tiny", "0", "ddim", 6, 3, 0, 0, "float32", "cpu", "uncached", 1)
 DRAWING = [name for name, sampler in SAMPLERS.items() if sampler.draws]

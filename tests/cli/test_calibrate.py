@@ -91,7 +91,7 @@ def test_the_models_own_prompts_are_used_where_none_are_given(model: str, monkey
         raise ValueError("height must be\n a multiple")
 
     monkeypatch.setattr(cli_calibrate, "calibrate", calibrate)
-    monkeypatch.setattr("deepcache_fx.cli.loading.read_prompts", lambda _: ("a cow",))
+    monkeypatch.setattr("deepcache_fx.comparing.loading.read_prompts", lambda _: ("a cow",))
     command = ["--model", model, "--target-error", "0.1", "--out", "a.json", "--forecast", "0,2", "--branch", "1,0"]
     refused(
         [*command, "--metric", "images", "--batch-size", "4", "--backend", "openvino", "--precision", "fp32"],

@@ -1047,7 +1047,7 @@ class Malicious:
 
 
 def test_a_malicious_pickle_beside_what_is_loaded_is_not_opened(tmp_path: Any) -> None:
-    from deepcache_fx.cli.loading import load_pipeline
+    from deepcache_fx.comparing.loading import load_pipeline
 
     marker = tmp_path / "executed"
     payload = pickle.dumps(Malicious(marker))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops, ImageFont
 
-from deepcache_fx.cli import picture
-from deepcache_fx.cli.picture import Row, draw, draw_comparison, labels, save, to_images
+from deepcache_fx.comparing import picture
+from deepcache_fx.comparing.picture import Row, draw, draw_comparison, labels, save, to_images
 from tests import small
 
 

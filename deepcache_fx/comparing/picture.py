@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from deepcache_fx.cli.comparison import Comparison, describe_psnr, describe_ssim, psnr
+from deepcache_fx.comparing.comparison import Comparison, describe_psnr, describe_ssim, psnr
 from deepcache_fx.files.writing import replacing
 
 _WIDTH = 1600

@@ -12,8 +12,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
 import deepcache_fx
-from deepcache_fx.cli.comparison import UNetCalls, describe_psnr, describe_ssim
-from deepcache_fx.cli.paired_runs import Comparison, compare
+from deepcache_fx.comparing.comparison import UNetCalls, describe_psnr, describe_ssim
+from deepcache_fx.comparing.paired_runs import Comparison, compare
 from tests import small
 
 PROMPTS = ("a cat", "a dog")

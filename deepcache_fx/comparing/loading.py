@@ -1,4 +1,4 @@
-"""Load a diffusers pipeline by name for the command line; every mistake is one clear `DeepCacheError`."""
+"""Load a diffusers pipeline by name; every mistake is one clear `DeepCacheError`."""
 
 from __future__ import annotations
 
@@ -60,14 +60,23 @@ def use_scheduler(pipe: Any, name: str) -> None:
     Raises:
         LoadError: the name is unknown, or a package that this scheduler needs is missing.
     """
+    pipe.scheduler = make_scheduler(pipe.scheduler, name)
+
+
+def make_scheduler(own: Any, name: str) -> Any:
+    """A new scheduler with the configuration of a pipeline's own.
+
+    Raises:
+        LoadError: the name is unknown, or a package that this scheduler needs is missing.
+    """
     import diffusers
 
     check_scheduler(name)
-    config = pipe.scheduler.config
+    config = own.config
     # Latent models are sampled without PNDM's four-call Runge-Kutta steps; other schedulers' configurations do not say.
     extra = {"skip_prk_steps": True} if name == "pndm" and "skip_prk_steps" not in config else {}
     try:
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(config, **extra)
+        return getattr(diffusers, SCHEDULERS[name]).from_config(config, **extra)
     except ImportError as error:  # lms needs scipy
         raise LoadError(f"scheduler {name!r} cannot be used: {textwrap.shorten(str(error), 240)}") from error
 
