@@ -68,6 +68,8 @@ class Entry:
     """The number of the weights that it is bound to (see `fingerprint.Settings`)."""
     seconds: float = 0.0
     """Of all that made it, the capture included."""
+    source: str | None = None
+    """Where it was loaded from; None where it was captured."""
 
     def __post_init__(self) -> None:
         self.names = tuple(self.variants.named())[1:]
@@ -143,6 +145,27 @@ def assemble(
         again,
         raw,
     )
+
+
+def rebuild(
+    captured: Captured,
+    variants: Variants,
+    cuts: Mapping[Branch | None, int],
+    passes: tuple[PassRecord, ...],
+    inputs: str,
+    call: Call,
+    options: Options,
+    recorders: MutableMapping[torch.device, Recorder],
+) -> Entry:
+    """The entry of variants that another process has made; `captured` tells no more than what the model returns.
+
+    Raises:
+        CompileError: see `compile_variants`.
+    """
+    why_not = why_not_recorded(options, call)
+    compiled = compiled_variants(variants, options, call.sample.device, why_not, recorders)
+    programs = compiled.record(compiled.called)
+    return Entry(captured, variants, cuts, _prompt_stages(variants), programs, passes, inputs, compiled)
 
 
 def _may_read_weights(item: Pass) -> bool:

@@ -27,6 +27,7 @@ class Bindable(Protocol):
 
     binding: Binding | None
     weights: int
+    source: str | None
 
     def graphs(self) -> list[fx.GraphModule]:
         """All that hold weights."""
@@ -56,6 +57,8 @@ class Captures(OrderedDict[Hashable, E]):
         self._limit = limit
         self.made = 0
         """How many there have been."""
+        self.loaded = 0
+        """How many of them another process had made."""
         self.rebound = 0
         """How often entries were bound to other weights."""
 
@@ -95,6 +98,7 @@ class Captures(OrderedDict[Hashable, E]):
                         entry.weights = settings.weights
                         self[key] = entry
                         self.made += 1
+                        self.loaded += entry.source is not None
                         while len(self) > self._limit:
                             dropped.append(self.popitem(last=False)[1])
                     model_state.note_values()

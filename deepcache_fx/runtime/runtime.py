@@ -47,6 +47,28 @@ class Follower(Protocol):
     def report(self) -> ControlNetReport | None: ...
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Whose programs are looked for, or have been made."""
+
+    module: torch.nn.Module
+    model_class: type[torch.nn.Module]
+    call: Call
+    options: Options
+    model_state: ModelState
+    recorders: dict[torch.device, Recorder]
+
+
+class ProgramStore(Protocol):
+    """Where programs are kept between processes (see `artefacts.store.ProgramDirectory`)."""
+
+    def find(self, wanted: Wanted) -> Entry | None:
+        """The programs, where there are some that were made for exactly this."""
+
+    def add(self, wanted: Wanted, entry: Entry) -> None:
+        """Keep programs that have just been made."""
+
+
 SHALLOW_LETTERS = "stuvwxyz"
 """By cut, what a shallow step is written as in `Report.last_run`."""
 
@@ -131,12 +153,15 @@ class Runtime:
         self._failures: dict[Hashable, str] = {}
         """By settings and call, why there are no programs, where such calls run uncached."""
         self.recorders: dict[torch.device, Recorder] = {}
+        self.store: ProgramStore | None = None
+        self._calls: dict[Hashable, Call] = {}
+        """By key, without their arguments: what `made` tells of."""
         self._state = ThreadState()
 
     def adopt(self, before: Runtime) -> None:
         """Take over the programs of a runtime whose options differ in the schedule alone."""
         self._entries, self.recorders, self.model_state = before._entries, before.recorders, before.model_state
-        self.device = before.device
+        self.device, self._calls = before.device, before._calls
 
     # What schedulers announce.
 
@@ -411,8 +436,16 @@ class Runtime:
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
+        empty = torch.empty(0, device=call.sample.device)
+        self._calls[call.key] = replace(call, arguments={}, tensors=(), timestep=None, sample=empty)
+        wanted = Wanted(module, self.model_class, call, self.options, self.model_state, self.recorders)
         try:
             refuse_layerwise_offload(module, call.sample.device)
+            found = self.store.find(wanted) if self.store is not None else None
+            if found is not None:
+                self.device = call.sample.device
+                found.seconds = time.perf_counter() - started
+                return found
             with self.model_state.watching(module, call.objects()) as watched:
                 captured = capture(module, call, self.reader, self.model_class)
                 watched.captured(captured.graph)
@@ -431,7 +464,20 @@ class Runtime:
             raise
         self.device = call.sample.device
         entry.seconds = time.perf_counter() - started
+        if self.store is not None:
+            self.store.add(wanted, entry)
         return entry
+
+    def made(self, module: torch.nn.Module) -> list[tuple[Wanted, Entry]]:
+        """What was made or loaded and is still there, under the settings that the model has now."""
+        found = []
+        for (structure, key), entry in list(self._entries.items()):  # type: ignore[misc]
+            call = self._calls.get(key)
+            settings = call and self.model_state.settings(module, call.sample.device, at_run_start=True)
+            if call is not None and settings is not None and settings.structure == structure:
+                wanted = Wanted(module, self.model_class, call, self.options, self.model_state, self.recorders)
+                found.append((wanted, entry))
+        return found
 
     def report(self) -> Report:
         """The totals so far, and the last run of the calling thread."""
@@ -462,6 +508,7 @@ class Runtime:
                 precision_error=entry.compiled.called.compilation.error,
                 cuda_graphs=entry.programs.cuda_graphs(),
                 graphs=Listings(entry.variants),
+                source=entry.source,
             )
             for entry in tuple(self._entries.values())
         )
@@ -471,7 +518,7 @@ class Runtime:
             model=self.model_class.__name__,
             schedule=str(self.options.schedule),
             backend=", ".join(backends),
-            captures=self._entries.made,
+            captures=self._entries.made - self._entries.loaded,
             rebound=self._entries.rebound,
             full_calls=counts.full,
             shallow_calls=counts.shallow,
