@@ -130,7 +130,9 @@ def differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]
     for key in dict.fromkeys((*ours, *theirs)):
         one, other = theirs.get(key, "none"), ours.get(key, "none")
         if one != other:
-            short = max(len(one), len(other)) <= 100 and not key.startswith(("model conf", "model set", "weights", "code"))
+            short = max(len(one), len(other)) <= 100 and not key.startswith(
+                ("model conf", "model set", "weights", "code")
+            )
             found.append(f"{key}: made for {one}, here {other}" if short else f"{key} is another")
     return found
 
@@ -189,7 +191,9 @@ def _classes(kinds: Iterable[type]) -> list[type]:
 
 
 def _class_text(kind: type) -> str:
-    items = {name: _loose(value) for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__", "__doc__")}
+    items = {
+        name: _loose(value) for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__", "__doc__")
+    }
     return f"{_name(kind)} {json.dumps(items, sort_keys=True)}"
 
 

@@ -144,7 +144,7 @@ def _sign(found: dict[str, Any], key: bytes) -> str:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One writer at a time, where the system has such locks; else the last one wins, and what it missed is made anew."""
+    """One writer at a time, where the system has such locks; else the last one wins."""
     try:
         import fcntl
     except ImportError:

@@ -131,7 +131,9 @@ def options_to_text(options: Options) -> dict[str, Any]:
     kind = type(options.schedule)
     if _PATTERNS.get(kind.__name__) is not kind:
         raise Unreadable(f"schedule={options.schedule} is none that a file names: {', '.join(_PATTERNS)}")
-    values = {name: getattr(options, name) for name in options.__dataclass_fields__ if name not in ("schedule", "passes")}
+    values = {
+        name: getattr(options, name) for name in options.__dataclass_fields__ if name not in ("schedule", "passes")
+    }
     schedule = {item.name: getattr(options.schedule, item.name) for item in fields(options.schedule)}  # type: ignore[arg-type]
     text: dict[str, Any] = json.loads(json.dumps({**values, "schedule": [kind.__name__, schedule]}))
     return text

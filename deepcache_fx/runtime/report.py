@@ -273,8 +273,9 @@ class Report:
             parts = (f"{count} at branch {branch}" for branch, count in self.calls_by_branch.items())
             lines.append(f"  shallow calls: {', '.join(parts)}")
         for item in self.signatures:
+            origin = "captured" if item.source is None else f"loaded from {item.source}:"
             lines.append(
-                f"  {'captured' if item.source is None else f'loaded from {item.source}:'} {item.inputs} in {item.capture_seconds:.1f} s: full {item.full_macs / 1e9:.3g} GMAC, "
+                f"  {origin} {item.inputs} in {item.capture_seconds:.1f} s: full {item.full_macs / 1e9:.3g} GMAC, "
                 f"{item.prompt_macs / 1e9:.3g} once per prompt"
             )
             lines += [f"    {cut.line(item.full_macs, item.refreshes)}" for cut in item.cuts]

@@ -103,14 +103,16 @@ def test_a_changed_setting_is_captured_anew(saved: tuple[Path, torch.Tensor]) ->
 
 
 def test_another_model_is_refused_with_what_differs(saved: tuple[Path, torch.Tensor]) -> None:
-    with pytest.raises(DeepCacheError, match="model configuration is another.*programs= to optimize"):
+    with pytest.raises(DeepCacheError, match=r"model configuration is another.*programs= to optimize"):
         deepcache_fx.load(_unet(block_out_channels=(8, 24)), saved[0])
     with pytest.raises(DeepCacheError, match="dtypes is another"):
         deepcache_fx.load(_unet().to(torch.bfloat16), saved[0])
 
 
 @pytest.mark.parametrize("name", ["package torch", "package deepcache-fx", "device", "model class"])
-def test_other_versions_and_devices_are_refused_by_name(saved: tuple[Path, torch.Tensor], tmp_path: Path, name: str) -> None:
+def test_other_versions_and_devices_are_refused_by_name(
+    saved: tuple[Path, torch.Tensor], tmp_path: Path, name: str
+) -> None:
     text = json.loads((saved[0] / "manifest.json").read_text())
     for file in saved[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -141,7 +143,12 @@ def test_a_key_makes_changes_evident(tmp_path: Path) -> None:
 @examples(25)
 @given(which=st.integers(0, 10), place=st.floats(0, 1), byte=st.integers(0, 255), cut=st.booleans())
 def test_damaged_files_are_never_run(
-    saved: tuple[Path, torch.Tensor], tmp_path_factory: pytest.TempPathFactory, which: int, place: float, byte: int, cut: bool
+    saved: tuple[Path, torch.Tensor],
+    tmp_path_factory: pytest.TempPathFactory,
+    which: int,
+    place: float,
+    byte: int,
+    cut: bool,
 ) -> None:
     directory, image = saved
     copy = tmp_path_factory.mktemp("copy")
