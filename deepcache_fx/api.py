@@ -143,7 +143,7 @@ def optimize(
 
 
 def save(target: object, directory: str | Path, *, key: bytes | None = None) -> None:
-    """Write the programs of every signature that was captured: graphs as text, without weights (see docs, "Cold start").
+    """Write the programs of every signature that was captured: graphs as text, without weights (docs: "Cold start").
 
     Args:
         target: A UNet or pipeline that `optimize` was called on, and that has been called since.
@@ -172,7 +172,7 @@ def load(target: T, directory: str | Path, *, key: bytes | None = None) -> T:
         DeepCacheError: the directory is missing, damaged, not signed with this key, or made for other versions, another
             device or another model; says what differs.
     """
-    store = ProgramDirectory(directory, key=key)
+    store = ProgramDirectory(directory, key=key, adds=False)
     manifest = store.check()
     if not manifest.programs:
         raise DeepCacheError(f"{directory} holds no programs")

@@ -78,7 +78,7 @@ def _installed() -> dict[str, str]:
     for name in _PACKAGES:
         try:
             found[f"package {name}"] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        except importlib.metadata.PackageNotFoundError:  # noqa: PERF203
             found[f"package {name}"] = "none"
     found["package torch"] = torch.__version__
     return found
@@ -216,7 +216,7 @@ def _function(value: types.FunctionType, depth: int) -> str:
     for cell in value.__closure__ or ():
         try:
             held.append(_loose(cell.cell_contents, depth - 1))
-        except ValueError:
+        except ValueError:  # noqa: PERF203
             held.append("empty")
     given = [_loose(item, depth - 1) for item in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())]
     return f"{value.__module__}.{value.__qualname__} {_code_digest(value.__code__)} {held} {given}"
@@ -272,8 +272,8 @@ def _strict(value: Any, modules: Mapping[int, str]) -> Any:
         return ("function", _function(value, 4))
     if isinstance(value, torch.nn.Module) and id(value) in modules:
         return ("part", modules[id(value)])
-    if isinstance(value, torch.Tensor) and type(value) is torch.Tensor and value.device.type == "cpu":
-        if value.numel() <= _MOST_VALUES and value.layout is torch.strided:
-            data = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-            return ("tensor", tuple(value.shape), str(value.dtype), hashlib.sha256(data).hexdigest())
+    is_plain = type(value) is torch.Tensor and value.device.type == "cpu" and value.layout is torch.strided
+    if is_plain and value.numel() <= _MOST_VALUES:
+        data = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        return ("tensor", tuple(value.shape), str(value.dtype), hashlib.sha256(data).hexdigest())
     raise Unreadable(f"what a {_name(type(value))} stands for in another process cannot be told")

@@ -30,11 +30,12 @@ class ProgramDirectory:
     Args:
         directory: Made when it is first written to.
         key: With which the manifest is signed and checked (HMAC-SHA-256).
+        adds: False: nothing is written, and a warning says why programs for a call are missing.
     """
 
-    def __init__(self, directory: str | Path, *, key: bytes | None = None) -> None:
+    def __init__(self, directory: str | Path, *, key: bytes | None = None, adds: bool = True) -> None:
         self.directory = Path(directory)
-        self._key = key
+        self._key, self._adds = key, adds
 
     def manifest(self) -> Manifest:
         """Checked.
@@ -63,7 +64,13 @@ class ProgramDirectory:
                 return None
             asked = made_for(wanted)
             program = next((item for item in self.manifest().programs if item.made_for == asked), None)
-            return None if program is None else self._load(program, wanted)
+            if program is not None:
+                return self._load(program, wanted)
+            if not self._adds:
+                warnings.warn(
+                    f"captured anew, for {self.directory} has no such program: {self._why_none(asked)}", stacklevel=2
+                )
+            return None
         except Unreadable as error:
             if str(error).startswith("this is no"):
                 self._warn(error)
@@ -74,6 +81,8 @@ class ProgramDirectory:
 
     def add(self, wanted: Wanted, entry: Entry) -> None:
         """Write programs that have just been made; a warning where that cannot be done."""
+        if not self._adds:
+            return
         try:
             self.write(wanted, entry)
         except DeepCacheError as error:
@@ -97,9 +106,8 @@ class ProgramDirectory:
         program = Program(files, facts, options_to_text(wanted.options), entry.inputs)
         add_program(self.directory, contents, program, self._key)
 
-    def why_none(self, wanted: Wanted) -> str:
+    def _why_none(self, asked: dict[str, str]) -> str:
         """In what the nearest programs differ from what is wanted."""
-        asked = made_for(wanted)
         found = [differences(item.made_for, asked) for item in self.manifest().programs]
         return "; ".join(min(found, key=len)) if found else "there are none"
 
