@@ -30,6 +30,8 @@ from deepcache_fx.runtime.runtime import Wanted
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "triton", "xformers", "openvino")
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout, range)
 _MOST_VALUES = 2**16
+_UNTOLD = ("__dict__", "__weakref__", "__doc__", "__slotnames__")
+"""Attributes of classes that say nothing of what they do; the last is put there by `copy`."""
 
 
 def made_for(wanted: Wanted) -> dict[str, str]:
@@ -191,9 +193,7 @@ def _classes(kinds: Iterable[type]) -> list[type]:
 
 
 def _class_text(kind: type) -> str:
-    items = {
-        name: _loose(value) for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__", "__doc__")
-    }
+    items = {name: _loose(value) for name, value in vars(kind).items() if name not in _UNTOLD}
     return f"{_name(kind)} {json.dumps(items, sort_keys=True)}"
 
 

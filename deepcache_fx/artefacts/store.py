@@ -156,6 +156,8 @@ def options_of_text(text: Any) -> dict[str, Any]:
     try:
         values = dict(text)
         kind, arguments = values.pop("schedule")
+        if set(values) != set(Options.__dataclass_fields__) - {"schedule", "passes"}:
+            raise ValueError(f"they are {', '.join(map(str, values))}")
         schedule: Schedule = _PATTERNS[kind](**{k: _tuple(v) for k, v in arguments.items()})
         return {**{name: _tuple(value) for name, value in values.items()}, "schedule": schedule}
     except Exception as error:

@@ -73,6 +73,7 @@ SHALLOW_LETTERS = "stuvwxyz"
 """By cut, what a shallow step is written as in `Report.last_run`."""
 
 _FAILURES_KEPT = 64
+_CALLS_KEPT = 256
 
 _clock = itertools.count(1)
 
@@ -438,6 +439,8 @@ class Runtime:
         started = time.perf_counter()
         empty = torch.empty(0, device=call.sample.device)
         self._calls[call.key] = replace(call, arguments={}, tensors=(), timestep=None, sample=empty)
+        while len(self._calls) > _CALLS_KEPT:
+            del self._calls[next(iter(self._calls))]
         wanted = Wanted(module, self.model_class, call, self.options, self.model_state, self.recorders)
         try:
             refuse_layerwise_offload(module, call.sample.device)
