@@ -115,7 +115,7 @@ def entry_of_text(
 
     try:
         stub = _no_graph()
-        cat, deep = stub.graph.find_nodes(op="call_function")[0], stub.graph.find_nodes(op="placeholder")[0]
+        deep, _, cat, *_ = stub.graph.nodes
         full = variant(text["full"])
         leaves = iter([node.meta["val"] for node in full.step.graph.output_node().args[0][text["num_outputs"] :]])  # type: ignore[union-attr]
         cuts = []
