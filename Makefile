@@ -9,15 +9,15 @@ DOCS := $(VENV)/.docs
 INSTALL := $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable
 TESTS := $(BIN)/python -m pytest --durations=10
 
-.PHONY: demo test test-all test-gpu check bench docs format clean
+.PHONY: demo test test-all test-gpu test-comfyui check bench docs format clean
 .DEFAULT_GOAL := demo
 
-# What the package itself needs.
+# What the package itself needs, and OpenVINO, which compiles on a CPU.
 $(RUNTIME): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: constraints.txt pins for it" if sys.version_info < (3, 11) else 0)'
 	@echo "installing into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) .
+	@$(INSTALL) '.[cpu]'
 	@touch $@
 
 # And what its tests, benchmarks and checks need.
@@ -36,13 +36,17 @@ demo: $(RUNTIME) ## a trained pipeline with and without caching: times, picture,
 	@$(BIN)/deepcache-fx compare --model benchmarks/models/fashion-t2i --guidance-scale 4 --out output.png
 
 test: $(DEV) ## every promise, one representative of each family of tests: minutes
-	$(TESTS) -n auto --dist worksteal -m "not thorough and not gpu"
+	$(TESTS) -n auto --dist worksteal -m "not thorough and not gpu and not comfyui"
 
 test-all: $(DEV) ## the rest: the families in full, and properties with many examples
-	$(TESTS) -n auto --dist worksteal -m "(thorough or hypothesis) and not gpu" --hypothesis-profile=thorough
+	$(TESTS) -n auto --dist worksteal -m "(thorough or hypothesis) and not gpu and not comfyui" --hypothesis-profile=thorough
 
 test-gpu: $(DEV) ## the tests that need a CUDA device; without one they are skipped, and say so
 	$(TESTS) -rs -m gpu
+
+test-comfyui: $(DEV) ## the node in ComfyUI itself: COMFYUI=checkout [COMFYUI_PYTHON=python that has its requirements]
+	@test -n "$(COMFYUI)" || echo "COMFYUI names no checkout of ComfyUI: what needs one is skipped (docs/comfyui.md)"
+	$(TESTS) -rs tests/comfyui -m "comfyui or not thorough"
 
 check: $(DEV) ## lint, format, types, imports
 	$(BIN)/ruff check .

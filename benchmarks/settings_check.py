@@ -26,7 +26,7 @@ from benchmarks.environment import RESULTS, environment
 from benchmarks.speed.cases import Quantiles
 from benchmarks.speed.subjects import find_preset
 from deepcache_fx.files.writing import write_json
-from deepcache_fx.guards.fingerprint import Fingerprint, fingerprint
+from deepcache_fx.guards.fingerprint import Fingerprint
 
 CACHES = 2**28
 """Bytes, more than a processor keeps."""
@@ -66,7 +66,7 @@ def measure(model: str, rounds: int) -> Row:
         attributes=sum(len(vars(module)) for module in modules),
         call=_look(lambda: kept.known(unet, at_run_start=False), rounds),
         run=_look(lambda: kept.known(unet, at_run_start=True), rounds),
-        read=_look(lambda: fingerprint(unet), rounds),
+        read=_look(lambda: Fingerprint().read(unet).structure, rounds),
     )
 
 

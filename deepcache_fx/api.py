@@ -11,12 +11,14 @@ import torch
 
 from deepcache_fx.artefacts.made_for import refusals
 from deepcache_fx.artefacts.store import ProgramDirectory, options_of_text
+from deepcache_fx.cards.choose import choose
+from deepcache_fx.cards.family import facts_of
 from deepcache_fx.controlnet.follow import PipelineFollower
 from deepcache_fx.errors import DeepCacheError, OptionError
 from deepcache_fx.graph.pass_order import check_disabled
 from deepcache_fx.graph.signature import ExampleInputs, UnsupportedInput
 from deepcache_fx.options import Forecast, Options
-from deepcache_fx.runtime.attach import attach, bring_back, check_attachable, detach, original_class, runtime_of
+from deepcache_fx.runtime.attach import attach, bring_back, check_attachable, original_class, pause, runtime_of
 from deepcache_fx.runtime.report import Report
 from deepcache_fx.runtime.runtime import Runtime
 from deepcache_fx.schedules.branch import Branch
@@ -28,8 +30,8 @@ T = TypeVar("T")
 
 def optimize(
     target: T,
-    interval: int = 3,
-    branch: Branch | Sequence[int] = 0,
+    interval: int | None = None,
+    branch: Branch | Sequence[int] | None = None,
     *,
     schedule: object = None,
     passes: Sequence[Callable[..., Any]] = (),
@@ -39,10 +41,12 @@ def optimize(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     cuda_graphs: bool | Literal["auto"] = "auto",
-    forecast: Forecast = "auto",
+    forecast: Forecast | None = None,
+    preset: Literal["fast", "balanced", "close"] | None = None,
     max_captures: int = 8,
     on_failure: Literal["raise", "uncached"] = "raise",
     ignore: Sequence[str] | str = (),
+    dynamic: bool | Literal["auto"] = False,
     example_inputs: ExampleInputs | None = None,
     programs: str | Path | ProgramDirectory | None = None,
 ) -> T:
@@ -56,13 +60,14 @@ def optimize(
         target: A UNet module, or a diffusers pipeline: its `.unet` is optimised, its `.scheduler` marks the steps, and
             a ControlNet of it (`.controlnet`, one or several) computes in a shallow step only the residuals that the
             UNet reads then. A ControlNet that cannot be captured runs as it is; `report` says why.
-        interval: 1:N caching: the whole UNet runs at every N-th denoising step. 1 caches nothing.
-        branch: The skip connection to cut at: its number from the output (0 is the shallowest: fastest), or the
-            published (block, layer).
+        interval: 1:N caching: the whole UNet runs at every N-th denoising step. 1 caches nothing. 3 where left out.
+        branch: The skip connection to cut at: its number from the output (0, the shallowest and fastest, where left
+            out), or the published (block, layer).
         schedule: Replaces `interval`: `Uniform(n)`, `Power(n, power, center)`, `Steps([...])`, `Window(start, end,
             inner)`, `Nested(inner, deeper)`, or a function of the step (and, if it takes two arguments, the number of
             steps) that is true where the step is full.
-        passes: Extra graph passes, applied in order to the captured graph before the split.
+        passes: Extra graph passes, applied in order to the captured graph before the split; those that say
+            `after_split = True`, as `FuseGroupNorm` does, to each variant after it.
         disable: Default passes to leave out, by name; "all" keeps the captured graph as it is.
         backend: "auto" (Inductor on CUDA; on a CPU OpenVINO where it is installed and the model is float32; else
             eager), "eager", "openvino", or any torch.compile backend. With OpenVINO programs hold copies of the weights
@@ -77,10 +82,13 @@ def optimize(
             as many threads as PyTorch where that is not given).
         cuda_graphs: Record both variants as CUDA graphs. "auto" does so on CUDA, except for the eager backend. Where a
             variant cannot be recorded it is called, and `report` says why.
+        preset: "fast", "balanced" or "close": interval, branch and forecast of the card for the model's family, where
+            they are not given. `report` says what was chosen and where it comes from.
         forecast: Degree of the polynomial through the last refreshes that a shallow step takes the cached feature from:
             1 is linear, 2 quadratic, and 0 repeats the last one, which is published DeepCache bit for bit. Keeps that
-            many more refreshes. "auto" takes 1, but 0 in runs whose scheduler draws noise or takes few uneven steps
-            (docs/fidelity.md); a UNet without its pipeline cannot tell: take 0 for LCM. `report` says what was taken.
+            many more refreshes. "auto", which is taken where it is left out, takes 1, but 0 in runs whose scheduler
+            draws noise or takes few uneven steps (docs/fidelity.md); a UNet without its pipeline cannot tell: take 0
+            for LCM. `report` says what was taken.
         max_captures: How many signatures are kept; the least recently used goes first.
         on_failure: What happens to calls for which there can be no programs (`torch.export` cannot follow the model,
             it has no such skip connection, a pass failed): "raise", or "uncached": the model runs as it is, with one
@@ -88,6 +96,11 @@ def optimize(
         ignore: Arguments that never matter to the result, by name, or by a dotted path where an argument is a
             dictionary: "transformer_options.uuids". Another value there is no new capture: the graph goes on with what
             it was captured with. Tensors there are inputs as ever.
+        dynamic: One capture for many sizes: True captures height, width and batch as symbols, "auto" does so at the
+            second size, False captures each size by itself. Sizes for which the model takes another way (odd ones, a
+            batch of 1) get a capture of their own; a model that cannot be captured so goes on as with False, and
+            `report` says why. Backends other than eager still compile each size. A change of size within a run is a
+            full step.
         example_inputs: Arguments of a UNet call, by name or position: capture now instead of at the first call.
         programs: A directory of programs (see `save`): those that fit are loaded instead of made, and what is new is
             added. It is trusted: name only one that nobody else can write to. With a key, a `ProgramDirectory`.
@@ -106,10 +119,12 @@ def optimize(
         >>> image = pipe("a photo of an astronaut").images[0]
         >>> print(deepcache_fx.report(pipe))
     """
+    module, pipeline = _resolve(target)
+    choice: dict[str, Any] = {"interval": interval, "branch": branch, "forecast": forecast, "schedule": schedule}
+    chosen = choose(preset, facts_of(module, pipeline), **choice) if preset is not None else None
+    choice = {name: value for name, value in (chosen.options if chosen else choice).items() if value is not None}
     wanted = Options.make(
-        interval=interval,
-        branch=branch,
-        schedule=schedule,
+        **choice,
         passes=passes,
         disable=disable,
         backend=backend,
@@ -117,12 +132,12 @@ def optimize(
         mode=mode,
         options=options,
         cuda_graphs=cuda_graphs,
-        forecast=forecast,
+        preset=chosen.description if chosen else None,
         max_captures=max_captures,
         on_failure=on_failure,
         ignore=ignore,
+        dynamic=dynamic,
     )
-    module, pipeline = _resolve(target)
     check_attachable(module)
     check_disabled(wanted)
     wanted.schedule.check(module, getattr(pipeline, "scheduler", None))
@@ -131,14 +146,18 @@ def optimize(
     runtime = unchanged or _replace(module, before, wanted)
     if pipeline is not None and not any(pipeline is follower.pipeline() for follower in runtime.followers()):
         runtime.follow(PipelineFollower(pipeline, runtime))
-    if programs is not None:
-        runtime.store = programs if isinstance(programs, ProgramDirectory) else ProgramDirectory(programs)
+    kept_before = runtime.store
+    store = ProgramDirectory(programs) if isinstance(programs, (str, Path)) else programs
+    runtime.keep_programs(module, store)
     if example_inputs is not None:
         try:
             runtime.prepare(module, runtime.reader.read_example(module, example_inputs))
         except BaseException:
+            runtime.store = kept_before
             _bring_back(module, before)
             raise
+    if before is not None and not runtime.shares_programs(before) and not before.kept_by:
+        before.release()
     return target
 
 
@@ -195,10 +214,12 @@ def _replace(module: torch.nn.Module, before: Runtime | None, wanted: Options) -
         raise DeepCacheError(f"{type(module).__name__} cannot be optimised: {error}") from error
     runtime.on_first_failure = restore
     followers = before.followers() if before is not None else []
-    restore(module)
+    pause(module)
     adopts = before is not None and before.options.same_programs(wanted)
     if before is not None and adopts:
         runtime.adopt(before)
+    elif before is not None and before.device is not None and not runtime.model_state.are_moved(before.device):
+        before.undo_layout()
     attach(module, runtime)
     for follower in followers:
         known = follower if adopts and isinstance(follower, PipelineFollower) else None
@@ -208,20 +229,24 @@ def _replace(module: torch.nn.Module, before: Runtime | None, wanted: Options) -
 
 def _bring_back(module: torch.nn.Module, before: Runtime | None) -> None:
     """Attach the runtime that was there before, or none."""
-    if runtime_of(module) is not before:
-        restore(module)
+    runtime = runtime_of(module)
+    if runtime is not before:
+        pause(module)
+        if runtime is not None and (before is None or not runtime.shares_programs(before)):
+            runtime.release()
         if before is not None:
             bring_back(module, before)
 
 
 def restore(target: T) -> T:
-    """Undo `optimize` exactly, on a UNet or a pipeline and its ControlNet; nothing where there is nothing to undo."""
+    """Undo `optimize` exactly, on a UNet or a pipeline and its ControlNet; nothing where there is nothing to undo.
+
+    What programs, recorded graphs and cached features held on the device is free when this returns.
+    """
     module, _ = _resolve(target)
-    runtime = runtime_of(module)
+    runtime = pause(module)
     if runtime is not None:
-        runtime.stop_following()
-        detach(module)
-        runtime.model_state.restore()
+        runtime.release()
     return target
 
 
@@ -246,7 +271,7 @@ def reset(target: object) -> None:
     _runtime(target).reset()
 
 
-def begin(target: object, num_steps: int | None = None) -> None:
+def begin(target: object, num_steps: int | None = None, *, may_forecast: bool = True) -> None:
     """Announce a run of this thread: its first denoising step begins now, and `step` ends each.
 
     For samplers of one's own, where no diffusers scheduler tells the steps and timesteps tell them badly (second-order
@@ -256,6 +281,8 @@ def begin(target: object, num_steps: int | None = None) -> None:
     Args:
         target: A UNet or pipeline that `optimize` was called on.
         num_steps: How many steps the run is going to have, if known; at least 1.
+        may_forecast: False where the sampler draws noise at its steps (ancestral, SDE, LCM), or takes few steps of very
+            different lengths: `forecast="auto"` then repeats the cached feature.
 
     Raises:
         DeepCacheError: the target is not optimised, or `num_steps` is no positive integer.
@@ -268,7 +295,7 @@ def begin(target: object, num_steps: int | None = None) -> None:
     """
     if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
         raise OptionError(f"num_steps must be an integer of at least 1, or None, got {num_steps!r}")
-    _runtime(target).run_announced(num_steps, by_caller=True)
+    _runtime(target).run_announced(num_steps, by_caller=True, may_forecast=may_forecast)
 
 
 def step(target: object) -> None:
@@ -302,10 +329,14 @@ def optimized(target: T, *args: Any, **kwargs: Any) -> Iterator[T]:
     """`optimize` for the length of a with block; takes the same arguments. What was there before comes back."""
     module, _ = _resolve(target)
     before = runtime_of(module)
-    optimize(target, *args, **kwargs)
+    if before is not None:
+        before.kept_by += 1
     try:
+        optimize(target, *args, **kwargs)
         yield target
     finally:
+        if before is not None:
+            before.kept_by -= 1
         _bring_back(module, before)
 
 

@@ -38,6 +38,9 @@ class Options:
     max_captures: int = 8
     on_failure: Literal["raise", "uncached"] = "raise"
     ignore: tuple[str, ...] = ()
+    dynamic: bool | Literal["auto"] = False
+    preset: str | None = None
+    """What was chosen by `optimize(preset=)`, in words."""
 
     def __post_init__(self) -> None:
         """Validate, for `make`.
@@ -47,6 +50,11 @@ class Options:
         """
         if self.mode is not None and self.options is not None:
             raise OptionError("torch.compile takes mode or options, not both: leave one out")
+        if (self.options or {}).get("triton.cudagraphs"):
+            raise OptionError(
+                "options['triton.cudagraphs'] would have cached features overwritten: leave it out, cuda_graphs=True "
+                "records the programs as CUDA graphs"
+            )
         if not (isinstance(self.backend, str) or callable(self.backend)):
             raise OptionError(f"backend must be a name or a torch.compile backend function, got {self.backend!r}")
         if self.precision not in PRECISIONS:
@@ -60,6 +68,8 @@ class Options:
             raise OptionError(f"mode is torch.compile's, and backend='openvino' has none: leave {self.mode!r} out")
         if not isinstance(self.cuda_graphs, bool) and self.cuda_graphs != "auto":
             raise OptionError(f'cuda_graphs must be "auto", True or False, got {self.cuda_graphs!r}')
+        if not isinstance(self.dynamic, bool) and self.dynamic != "auto":
+            raise OptionError(f'dynamic must be "auto", True or False, got {self.dynamic!r}')
         if isinstance(self.forecast, bool) or self.forecast not in ("auto", 0, 1, 2):
             raise OptionError(f'forecast must be "auto", 0 (repeat the cached feature), 1 or 2, got {self.forecast!r}')
         if isinstance(self.max_captures, bool) or not isinstance(self.max_captures, int) or self.max_captures < 1:
@@ -81,7 +91,7 @@ class Options:
 
     def same_programs(self, other: Options) -> bool:
         """True where the other options need the same captured and compiled programs: only the steps differ."""
-        return replace(self, schedule=other.schedule) == other and (
+        return replace(self, schedule=other.schedule, preset=other.preset) == other and (
             set(self.schedule.branches) == set(other.schedule.branches)
         )
 

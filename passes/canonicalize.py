@@ -2,7 +2,7 @@
 
     x = div(y, 1.0)                        x -> y
     x = clone(y)                           x -> y, where it keeps y's strides
-    x = dropout(y, p, False)               x -> y
+    x = dropout(y, p, False)               x -> y; as well where p is 0
     x = to(y, dtype), contiguous(y)        x -> y, where y is so already
     x = to(to(y, wider), dtype)            x -> to(y, dtype), where nothing is lost on the way
     x = view(y, shape), expand(y, shape)   x -> y, where it has that shape and those strides already
@@ -15,11 +15,14 @@ too, but only when it compiles; an eager graph runs them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from passes.shared.match import eliminate_dead_code, is_op, is_view, tensor, value
+from passes.shared.sizes import layout
 
 aten = torch.ops.aten
 
@@ -27,23 +30,21 @@ _CASTS = (aten.to.dtype, aten._to_copy.default)
 _SHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default)
 
 
+def _is_same(node: fx.Node, read: Callable[[torch.Tensor], object]) -> bool:
+    """True where this reads the same of the node as of its first argument."""
+    before, after = tensor(node.args[0]), tensor(node)
+    return before is not None and after is not None and read(before) == read(after)
+
+
 def _is_division_by_one(node: fx.Node) -> bool:
     if not is_op(node, aten.div.Tensor) or node.kwargs or isinstance(node.args[1], fx.Node) or node.args[1] != 1:
         return False
-    before, after = tensor(node.args[0]), tensor(node)
-    if before is None or after is None:
-        return False
     # Integer division makes floats; division of a tensor with gaps or repeats makes a dense one.
-    return (before.dtype, before.stride()) == (after.dtype, after.stride()) and _may_share(node)
+    return _is_same(node, lambda t: (t.dtype, layout(t)[1])) and _may_share(node)
 
 
 def _is_plain_clone(node: fx.Node) -> bool:
-    if not is_op(node, aten.clone.default):
-        return False
-    before, after = tensor(node.args[0]), tensor(node)
-    if before is None or after is None or before.stride() != after.stride():
-        return False
-    return _may_share(node)
+    return is_op(node, aten.clone.default) and _is_same(node, lambda t: layout(t)[1]) and _may_share(node)
 
 
 def _may_share(node: fx.Node) -> bool:
@@ -56,20 +57,13 @@ def _may_share(node: fx.Node) -> bool:
 def _is_alias(node: fx.Node) -> bool:
     """An operator that returns its argument as it is."""
     if is_op(node, aten.dropout.default):
-        return node.args[2] is False
+        return node.args[2] is False or bool(node.args[1] == 0)
     if is_op(node, *_SHAPES):
-        before, after = tensor(node.args[0]), tensor(node)
-        if before is None or after is None:
-            return False
-        return (before.shape, before.stride()) == (after.shape, after.stride())
+        return _is_same(node, layout)
     if not is_op(node, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.contiguous.default):
         return False
-    before, after = tensor(node.args[0]), tensor(node)
-    if before is None or after is None:
-        return False
     copies = bool(node.kwargs.get("copy")) or True in node.args[2:]
-    same = (before.dtype, before.device, before.stride()) == (after.dtype, after.device, after.stride())
-    return same and not copies
+    return _is_same(node, lambda t: (t.dtype, t.device, layout(t)[1])) and not copies
 
 
 def _source_of_casts(node: fx.Node) -> fx.Node | None:
@@ -83,7 +77,7 @@ def _source_of_casts(node: fx.Node) -> fx.Node | None:
         return None
     floats = all(v.is_floating_point() for v in (first, middle, last))
     widens = first.dtype != middle.dtype == torch.promote_types(first.dtype, middle.dtype)
-    if not (floats and widens and first.stride() == last.stride()):
+    if not (floats and widens and layout(first)[1] == layout(last)[1]):
         return None
     assert isinstance(source, fx.Node)
     returned = any(user.op == "output" for user in node.users)

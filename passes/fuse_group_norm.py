@@ -10,8 +10,8 @@
 
 Add, `cat` and SiLU may each be missing. The SiLU goes where nothing else reads the norm, the add where nothing else
 reads the sum: one that is computed anyway costs no more to read than x does. So it is with a `cat`: next to a 1x1
-shortcut convolution that reads it (in every decoder block of diffusers) it stays. Absorbing a `cat` hides the skip
-connection that it is: do it after the split.
+shortcut convolution that reads it (in every decoder block of diffusers) it stays. To be run after a split at a
+concatenation, which takes the plain operators apart and would leave these whole.
 
 Opt-in, for it changes roundings: sums and norms are no longer rounded to the storage type in between. It is for GPUs;
 elsewhere the operators run plain PyTorch. On CUDA the norm keeps channels-last inputs channels-last, where PyTorch's
@@ -26,12 +26,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.utils import _pytree as pytree
 
 import passes.kernels  # noqa: F401 (registers the operators)
 from passes.shared.match import is_op, only_user, tensor, value
 from passes.shared.operators import argument
-from passes.shared.rewrite import Declined, add_call
+from passes.shared.rewrite import Declined, add_call, strides_matter
 
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -46,6 +45,8 @@ class FuseGroupNorm(PassBase):
     Attributes:
         declined: The norms that the last call left alone, and why.
     """
+
+    after_split = True  # SplitOverCat takes plain norms apart, not these operators
 
     def __init__(self, *, cat: bool = True) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class FuseGroupNorm(PassBase):
             target = torch.ops.deepcache_fx.cat_group_norm.default
             args = (*halves, *settings)
         fused = add_call(target, args, before=norm, like=norm)
-        if _strides_matter(last, value(fused)):
+        if strides_matter(last, value(fused)):
             norm.graph.erase_node(fused)
             return "its output would change from contiguous to channels-last, and what reads it depends on that"
         last.replace_all_uses_with(fused)
@@ -134,32 +135,3 @@ def _sum(source: fx.Node, norm: fx.Node) -> tuple[fx.Node, fx.Node] | None:
             assert isinstance(addend, fx.Node)
             return x, addend
     return None
-
-
-def _strides_matter(node: fx.Node, new: Any) -> bool:
-    """True where the graph would fail, or return other strides, were the node's value to have those of `new`.
-
-    Follows the new strides through the graph until they make no difference.
-    """
-    changed = {node: new} if _differ(new, value(node)) else {}
-    reader = node
-    while changed and reader.op != "output":
-        reader = reader.next
-        if not any(source in changed for source in reader.all_input_nodes):
-            continue
-        if reader.op == "output":
-            return True
-        inputs = fx.map_arg((reader.args, reader.kwargs), lambda source: changed.get(source, source.meta.get("val")))
-        try:
-            with torch.no_grad():
-                result = reader.target(*inputs[0], **inputs[1])  # type: ignore[operator]
-        except (RuntimeError, ValueError):  # a view that the new strides do not allow
-            return True
-        if _differ(result, value(reader)):
-            changed[reader] = result
-    return False
-
-
-def _differ(a: Any, b: Any) -> bool:
-    strides = [[x.stride() for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)] for tree in (a, b)]
-    return strides[0] != strides[1]

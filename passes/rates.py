@@ -32,6 +32,7 @@ from passes.shared.match import eliminate_dead_code, is_impure, is_op, is_view, 
 from passes.shared.minimum_cut import Network
 from passes.shared.operators import count, is_pointwise, is_random
 from passes.shared.rewrite import add_call, copied_graph, origin, views_of
+from passes.shared.sizes import is_size, layout, read_from_inputs, symbols
 
 aten = torch.ops.aten
 
@@ -86,11 +87,15 @@ def _slow_nodes(graph: fx.Graph, moving: Collection[fx.Node]) -> list[fx.Node]:
     """The moving values and what depends on nothing else that is given."""
     slow: dict[fx.Node, None] = {}
     free: set[fx.Node] = set()
+    own = {symbol for node in moving if node.op == "placeholder" for symbol in symbols(node.meta["val"])}
     for node in graph.nodes:
         if node in moving:
             slow[node] = None
         elif node.op == "get_attr":
             free.add(node)
+        elif is_size(node):  # of the inputs' shapes: any graph can compute it that is given those
+            if symbols(node.meta["val"]) <= own or not all(node.op == "placeholder" for node in moving):
+                free.add(node)
         elif node.op == "call_function" and not is_impure(node) and not is_random(node):
             sources = node.all_input_nodes
             if all(source in free for source in sources):
@@ -191,6 +196,8 @@ def extract(gm: fx.GraphModule, kept: Iterable[fx.Node], also: Iterable[fx.Node]
     output.args = (tuple(values),)
     output.meta = {}
     eliminate_dead_code(first)
+    read_from_inputs(first, [node for node in first.find_nodes(op="placeholder") if not all(map(is_size, node.users))])
+    eliminate_dead_code(first)
     for placeholder in first.find_nodes(op="placeholder"):
         if not placeholder.users:
             first.erase_node(placeholder)
@@ -202,7 +209,7 @@ def extract(gm: fx.GraphModule, kept: Iterable[fx.Node], also: Iterable[fx.Node]
         with second.inserting_after(placeholder):
             placeholder = second.placeholder(f"kept_{node.name}")
         placeholder.meta = {**origin(node), "val": value.meta["val"]}
-        strides_changed |= value.meta["val"].stride() != node.meta["val"].stride()
+        strides_changed |= layout(value.meta["val"]) != layout(node.meta["val"])
         nodes[node].replace_all_uses_with(placeholder)
         _part_outputs(second, placeholder)
     _append_outputs(second, [nodes[node] for node in also])

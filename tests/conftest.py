@@ -31,6 +31,7 @@ settings.register_profile("thorough", deadline=None)
 settings.load_profile("quick")
 
 SLOWEST_FIRST = (
+    "test_codegen",
     "test_compile",
     "test_oracle",
     "test_kernels",

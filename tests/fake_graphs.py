@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,7 @@ class FakeGraph:
     def replay(self) -> None:
         assert self.alive, "a graph that was given back is replayed"
         self.recorder.check()
+        self.recorder.between()
         for item in self.outside.values():
             item.check()
         self.replays += 1
@@ -112,23 +113,29 @@ class FakeRecorder:
         self.fail: list[str] = []
         """Recordings that are to fail, by their order: pop the first at each."""
         self.is_usable = True
-        self.begun = self.kept = self.finished = 0
+        self.between: Callable[[], object] = lambda: None
+        """Called at every step: what other threads may do just then."""
+        self.begun = self.kept = self.finished = self.freed = 0
 
     def check(self) -> None:
         assert self.lock._is_owned(), "the recorder is used without its lock"  # type: ignore[attr-defined]
 
     def begin(self) -> bool:
         self.check()
+        self.between()
         self.begun += self.is_usable
         return self.is_usable
 
     def keep(self, tensor: torch.Tensor) -> None:
         self.check()
+        self.between()
         self.kept += 1
 
     def record(self, run: Run) -> Recording:
         self.check()
+        self.between()
         run()  # to warm up
+        self.between()
         reason = self.fail.pop(0) if self.fail else ""
         if reason:
             raise RecordingError(reason)
@@ -140,7 +147,12 @@ class FakeRecorder:
 
     def finish(self) -> None:
         self.check()
+        self.between()
         self.finished += 1
+
+    def free(self) -> None:
+        self.check()
+        self.freed += 1
 
     def spoil_outputs(self) -> None:
         for graph in self.graphs:

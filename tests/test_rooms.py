@@ -28,7 +28,7 @@ def lint(where: Path) -> str:
 @pytest.fixture
 def house(tmp_path: Path) -> Path:
     """A copy of both packages and of their contracts."""
-    for name in ("deepcache_fx", "passes"):
+    for name in ("deepcache_fx", "passes", "comfyui"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
@@ -60,6 +60,13 @@ def test_imports_go_one_way(house: Path) -> None:
         ("passes/shared/match.py", "import deepcache_fx.errors", "passes.shared.match -> deepcache_fx.errors"),
         ("passes/merge_equal.py", "import passes.canonicalize", "passes.merge_equal -> passes.canonicalize"),
         ("passes/shared/match.py", "import passes.runner", "passes.shared is not allowed to import"),
+        (
+            "comfyui/run.py",
+            "def f():\n    from deepcache_fx.runtime import steps",
+            "comfyui.run -> deepcache_fx.runtime",
+        ),
+        ("comfyui/run.py", "import passes", "comfyui.run -> passes"),
+        ("deepcache_fx/api.py", "import comfyui.run", "deepcache_fx.api -> comfyui.run"),
     ],
 )
 def test_an_import_the_other_way_breaks_a_contract(house: Path, file: str, line: str, complaint: str) -> None:
@@ -91,4 +98,4 @@ def test_every_room_says_what_it_does_what_it_may_import_and_where_to_start(room
 
 def test_tests_mirror_the_rooms() -> None:
     tested = {file.parent.name for file in (ROOT / "tests").glob("*/__init__.py")}
-    assert tested <= {room.name for room in ROOMS} | {"passes", "benchmarks", "whole"}
+    assert tested <= {room.name for room in ROOMS} | {"passes", "benchmarks", "comfyui", "whole"}

@@ -90,7 +90,7 @@ def all_arms(backend: str = "inductor") -> dict[str, Arm]:
         return dict(backend=backend, **({"mode": mode} if mode is not None and backend == "inductor" else {}))
 
     def ours(**options: Any) -> Callable[[Stage, int], Prepared]:
-        return lambda stage, interval: _ours(stage, interval, **options)
+        return lambda stage, interval: prepare_ours(stage, interval, **options)
 
     arms = [
         Arm("eager", "the model as it is", _plain, caches=False),
@@ -314,7 +314,7 @@ def _refuse_pruna(case: Case) -> str | None:
 # Ours.
 
 
-def _ours(stage: Stage, interval: int, *, forecast: int = 0, **options: Any) -> Prepared:
+def prepare_ours(stage: Stage, interval: int, *, forecast: int = 0, **options: Any) -> Prepared:
     """deepcache_fx; the cached feature is repeated unless asked otherwise, as by what it is compared with."""
     schedule = Adjustable(interval)
     unet = stage.subject.clone()
@@ -343,7 +343,7 @@ def _restore(target: Any) -> None:
 
 def _fastest(stage: Stage, interval: int, backend: str, **options: Any) -> Prepared:
     """The fastest way of ours for the device, with further options."""
-    return _ours(stage, interval, backend=backend if stage.subject.device.type == "cuda" else "eager", **options)
+    return prepare_ours(stage, interval, backend=backend if stage.subject.device.type == "cuda" else "eager", **options)
 
 
 def _without(name: str, backend: str) -> Arm:

@@ -1,10 +1,13 @@
-"""What happens inside one UNet call: kernels, launches, gaps and, on a CPU, memory, as torch.profiler sees them."""
+"""What happens inside one UNet call: kernels, launches, gaps and, on a CPU, memory.
+
+As torch.profiler sees them; of OpenVINO's programs, as its own counters do.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from benchmarks.speed.measure import synchronize
+from deepcache_fx.execution.openvino import NodeTime
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,18 @@ def _is_outermost(event: Any) -> bool:
 def _longest_first(counts: Counter[str], seconds: dict[str, float]) -> tuple[KernelTime, ...]:
     rows = [KernelTime(name, counts[name], seconds[name]) for name in counts]
     return tuple(sorted(rows, key=lambda row: -row.seconds))
+
+
+def node_profile(nodes: Sequence[NodeTime], span: float) -> CallProfile:
+    """What OpenVINO counted of one call, which took `span` seconds with the host's part. Attention is told apart."""
+    counts: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for node in nodes:
+        name = f"attention, {node.kind}" if "attention" in node.of else node.kind
+        counts[name] += 1
+        seconds[name] += node.seconds
+    busy = sum(seconds.values())
+    return CallProfile(_longest_first(counts, seconds), counts.total(), 0, span, min(span, busy), None)
 
 
 def _union(spans: list[tuple[float, float]]) -> float:

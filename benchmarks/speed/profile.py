@@ -7,7 +7,8 @@ import json as jsonlib
 import re
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,22 +19,32 @@ from rich.table import Table
 
 from benchmarks.environment import environment
 from benchmarks.speed.__main__ import latent_size, quiet, sensible
-from benchmarks.speed.arms import Arm, all_arms
-from benchmarks.speed.call_profile import CallProfile, CallProfiler
+from benchmarks.speed.arms import Arm, all_arms, prepare_ours
+from benchmarks.speed.call_profile import CallProfile, CallProfiler, node_profile
 from benchmarks.speed.cases import Case
 from benchmarks.speed.measure import StepTimer
 from benchmarks.speed.pipelines import Stage
 from benchmarks.speed.setup import Settings, set_up
 from benchmarks.speed.subjects import KINDS, Subject
+from deepcache_fx.execution.checked import Checked
+from deepcache_fx.execution.openvino import OpenVINOProgram
+from deepcache_fx.runtime.attach import runtime_of
+
+COUNTED: dict[str, dict[str, Any]] = {
+    "openvino": {},
+    "ours-openvino": {},
+    "ours-openvino-bf16": {"precision": "bf16"},
+}
+"""Arms of OpenVINO, which counts for itself if asked to, and the options that they are made with."""
 
 CATEGORIES = (
     ("attention", r"attention|flash|fmha|sdpa|softmax"),
     ("convolution", r"conv|winograd|implicit_gemm|cudnn.*(fprop|xmma)|nhwc|nchw"),
-    ("matrix product", r"gemm|matmul|addmm|::mm|::bmm|linear|cutlass|cublas|nvjet|xmma|wgmma"),
-    ("copy and fill", r"memcpy|memset|copy|fill|clone|contiguous|::to\b|cat"),
-    ("normalisation", r"norm|welford|var_mean|moments"),
+    ("matrix product", r"gemm|matmul|fullyconnected|addmm|::mm|::bmm|linear|cutlass|cublas|nvjet|xmma|wgmma"),
+    ("copy and fill", r"memcpy|memset|copy|fill|clone|contiguous|::to\b|cat|reorder"),
+    ("normalisation", r"norm|welford|var_mean|moments|^mvn"),
     ("fused by Inductor", r"^triton_|cpp_fused|torch-compiled"),
-    ("elementwise", r"elementwise|vectorized|silu|gelu|add|mul|div|sigmoid|exp|pow|sub\b"),
+    ("elementwise", r"^subgraph|elementwise|vectorized|silu|gelu|add|mul|div|sigmoid|exp|pow|sub\b"),
     (
         "views and allocation",
         r"view|reshape|empty|as_strided|expand|transpose|permute|slice|split|select|unsqueeze|::t\b",
@@ -88,6 +99,10 @@ def profile_step(case: Case, arm: Arm, step: str) -> Profile:
         raise ValueError(f"{arm.name} does not apply to {case.model}: {refusal}")
     if step == "shallow" and (not arm.caches or case.interval == 1):
         raise ValueError(f"{arm.name} at interval {case.interval} has no shallow step")
+    if arm.name in COUNTED:
+        arm = replace(
+            arm, prepare=partial(prepare_ours, backend="openvino", options={"PERF_COUNT": True}, **COUNTED[arm.name])
+        )
     subject = Subject(case)
     stage = Stage(subject, decode=False)
     with tempfile.TemporaryDirectory() as caches:
@@ -100,11 +115,27 @@ def profile_step(case: Case, arm: Arm, step: str) -> Profile:
             timer = StepTimer(subject.device)
             subject.denoise(prepared.unet, prepared.scheduler, steps, timer)
             times.append(timer.seconds()[index])
-        profiler = CallProfiler(subject.device, (index,))
-        subject.denoise(prepared.unet, prepared.scheduler, steps, profiler)
+        middle = sorted(times)[len(times) // 2]
+        program = openvino_program(prepared.unet, step)
+        if program is not None:  # it has made a run: its counters are of the last such step
+            calls = node_profile(program.node_times(), times[-1])
+        else:
+            profiler = CallProfiler(subject.device, (index,))
+            subject.denoise(prepared.unet, prepared.scheduler, steps, profiler)
+            calls = profiler.profiles[index]
         prepared.close()
-    middle = sorted(times)[len(times) // 2]
-    return Profile(case, step, middle * 1e3, profiler.profiles[index], environment(case.device))
+    return Profile(case, step, middle * 1e3, calls, environment(case.device))
+
+
+def openvino_program(unet: torch.nn.Module, step: str) -> OpenVINOProgram | None:
+    """What a kind of step is run by, where that is OpenVINO."""
+    runtime = runtime_of(unet)
+    for entry in runtime._entries.values() if runtime is not None else ():
+        program = entry.compiled.called.compilation.programs[step]
+        program = program.program if isinstance(program, Checked) else program
+        if isinstance(program, OpenVINOProgram):
+            return program
+    return None
 
 
 def tables(profile: Profile, top: int) -> list[Table]:

@@ -14,7 +14,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 
 from deepcache_fx.artefacts.graph_text import Unreadable, decode, encode
-from deepcache_fx.execution.assemble import Entry, rebuild
+from deepcache_fx.execution.assemble import Divided, Entry, compiled_entry
 from deepcache_fx.execution.cuda_graphs import Recorder
 from deepcache_fx.graph.capture import Captured
 from deepcache_fx.graph.macs import Macs
@@ -39,6 +39,10 @@ def entry_to_text(entry: Entry, module: torch.nn.Module) -> tuple[dict[str, Any]
     Raises:
         Unreadable: something of it is not written to files; says what.
     """
+    if entry.why_not_saved is not None:
+        raise Unreadable(entry.why_not_saved)
+    if entry.many is not None:
+        raise Unreadable("it was captured for many sizes: with dynamic=False each size is written")
     if entry.raw is not None:
         raise Unreadable("a pass of your own has made it, which may have read values of weights")
     names = {id(tensor): name for name, tensor in named_weights(module).items()}
@@ -78,7 +82,6 @@ def entry_to_text(entry: Entry, module: torch.nn.Module) -> tuple[dict[str, Any]
         "num_outputs": variants.num_outputs,
         "chosen": [[_branch_text(branch), number] for branch, number in entry.cuts.items()],
         "passes": [asdict(record) for record in entry.passes],
-        "inputs": entry.inputs,
     }
     return text, {name: tensor.detach().cpu().contiguous() for name, tensor in constants.items()}
 
@@ -117,13 +120,16 @@ def entry_of_text(
         stub = _no_graph()
         deep, _, cat, *_ = stub.graph.nodes
         full = variant(text["full"])
-        leaves = iter([node.meta["val"] for node in full.step.graph.output_node().args[0][text["num_outputs"] :]])  # type: ignore[union-attr]
+        outputs: Any = full.step.graph.output_node().args[0]
+        leaves = iter([node.meta["val"] for node in outputs[text["num_outputs"] :]])
         cuts = []
         for item in text["cuts"]:
             shallow = variant(item["shallow"])
             cache = tuple(islice(leaves, item["cached"]))
             plain = Cost(Macs(**item["plain"]["macs"]), item["plain"]["cache_bytes"])
-            cuts.append(Cut(SkipConnection(*item["branch"], cat, deep), shallow, cache, plain, item["refreshed"]))
+            index, block, layer = item["branch"]
+            branch = SkipConnection(index, block, layer, cat, deep)
+            cuts.append(Cut(branch, shallow, cache, plain, item["refreshed"]))
         variants = Variants(full, tuple(cuts), text["num_outputs"])
         chosen = {_branch_of(branch): number for branch, number in text["chosen"]}
         records = tuple(PassRecord(**{**item, "declined": tuple(item["declined"])}) for item in text["passes"])
@@ -137,7 +143,7 @@ def entry_of_text(
         raise
     except Exception as error:
         raise Unreadable(f"this is no program: {type(error).__name__}: {error}") from error
-    return rebuild(captured, variants, chosen, records, str(text["inputs"]), call, options, recorders)
+    return compiled_entry(Divided(captured, variants, chosen, records), call, options, recorders)
 
 
 def _branch_text(branch: Any) -> Any:

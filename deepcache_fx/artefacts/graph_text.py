@@ -68,12 +68,13 @@ def encode(module: fx.GraphModule, names: Mapping[int, str], constants: dict[str
             if id(tensor) in names:
                 record["weight"] = names[id(tensor)]
             else:
-                record["constant"] = next((n for n, t in constants.items() if t is tensor), None)
-                if record["constant"] is None:
+                known = next((name for name, item in constants.items() if item is tensor), None)
+                if known is None:
                     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
                         raise Unreadable(f"{node.name} is a {type(tensor).__name__}, which is not written to files")
-                    record["constant"] = f"constant_{len(constants)}"
-                    constants[record["constant"]] = tensor
+                    known = f"constant_{len(constants)}"
+                    constants[known] = tensor
+                record["constant"] = known
         elif node.op == "call_function":
             record["target"] = _operator_name(node.target)
             record["args"] = _encode(node.args)

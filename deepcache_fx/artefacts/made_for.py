@@ -23,12 +23,18 @@ from deepcache_fx.artefacts.graph_text import Unreadable
 from deepcache_fx.execution.compile import name_of, pick_backend
 from deepcache_fx.graph.identity import Same
 from deepcache_fx.guards.fingerprint import NOT_STATE
+from deepcache_fx.guards.numerics import switches
 from deepcache_fx.guards.reached_code import Reached
 from deepcache_fx.options import Options
 from deepcache_fx.runtime.runtime import Wanted
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "triton", "xformers", "openvino")
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout, range)
+_NOT_OF_PROGRAMS = (
+    *("schedule", "passes", "options", "max_captures", "on_failure", "ignore", "disable", "branch"),
+    *("dynamic", "preset"),
+)
+"""Options that are told in another form, and those that change no program of one size."""
 _MOST_VALUES = 2**16
 _UNTOLD = ("__dict__", "__weakref__", "__doc__", "__slotnames__")
 """Attributes of classes that say nothing of what they do; the last is put there by `copy`."""
@@ -58,15 +64,27 @@ def made_for(wanted: Wanted) -> dict[str, str]:
         "package deepcache-fx": _own_digest(),
         **versions(),
         "device": device_text(device),
+        "switches of PyTorch": repr(switches()),
         "default dtype": str(torch.get_default_dtype()),
         "model class": _name(wanted.model_class),
         "model configuration": _config_text(wanted.module),
         "weights' names, shapes and dtypes": _weights_text(wanted.module),
-        "model settings": _digest(repr(_strict(structure.parts, modules))),
+        "model settings": _digest(repr(_strict([_told(part) for part in structure.parts], modules))),
         "code of the model": _digest("\n".join(code)),
         "options": json.dumps(program_options(wanted.options, device), sort_keys=True),
         "call": repr(_strict(call.key, modules)),
     }
+
+
+def _told(part: object) -> object:
+    """Without what diffusers notes in a configuration of how it came about: its path, and defaults in a set's order."""
+    if isinstance(part, tuple) and len(part) == 2 and part[0] == "_internal_dict" and isinstance(part[1], tuple):
+        return (part[0], tuple(item for item in part[1] if not _is_note(item)))
+    return part
+
+
+def _is_note(item: object) -> bool:
+    return isinstance(item, tuple) and bool(item) and isinstance(item[0], str) and item[0].startswith("_")
 
 
 def versions() -> dict[str, str]:
@@ -92,7 +110,7 @@ def device_text(device: torch.device) -> str:
         major, minor = torch.cuda.get_device_capability(device)
         return f"{device} {torch.cuda.get_device_name(device)} {major}.{minor} CUDA {torch.version.cuda}"
     if device.type == "cpu":
-        return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"  # type: ignore[no-untyped-call]
+        return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return str(device)
 
 
@@ -110,11 +128,7 @@ def program_options(options: Options, device: torch.device) -> dict[str, Any]:
         more = json.loads(json.dumps(dict(options.options or {}), sort_keys=True))
     except TypeError as error:
         raise Unreadable(f"options={options.options!r:.80} are no plain values") from error
-    fields = {
-        name: getattr(options, name)
-        for name in options.__dataclass_fields__
-        if name not in ("schedule", "passes", "options", "max_captures", "on_failure", "ignore", "disable", "branch")
-    }
+    fields = {name: getattr(options, name) for name in options.__dataclass_fields__ if name not in _NOT_OF_PROGRAMS}
     return {
         **fields,
         "options": more,
@@ -157,7 +171,7 @@ def refusals(theirs: Mapping[str, str], module: torch.nn.Module) -> list[str]:
 def _config_text(module: torch.nn.Module) -> str:
     config = getattr(module, "config", None)
     known = {k: v for k, v in config.items() if not str(k).startswith("_")} if isinstance(config, Mapping) else {}
-    return _digest(repr(sorted((str(k), repr(v)) for k, v in known.items())))
+    return _digest(json.dumps(known, sort_keys=True, default=repr))  # a file's lists are the same as tuples
 
 
 def _weights_text(module: torch.nn.Module) -> str:

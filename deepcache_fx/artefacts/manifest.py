@@ -1,6 +1,7 @@
 """The manifest of a directory of programs: which files it has, their SHA-256, and what they were made for.
 
-It is checked before any other file is opened. With a key its own text is signed (HMAC-SHA-256).
+It is checked before any other file is opened: first its own SHA-256, which stands in it; with a key it is signed
+(HMAC-SHA-256).
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ _REMEDY = "make it anew with deepcache_fx.save, or with optimize(programs=...)"
 
 class ManifestError(DeepCacheError):
     """A directory of programs that cannot be trusted, or cannot be read or written."""
+
+
+class DamagedManifest(ManifestError):
+    """One that nobody has written so: nothing of it can be kept."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,10 @@ def read_manifest(directory: Path, key: bytes | None = None) -> Manifest:
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path} is damaged ({error}): {_REMEDY}") from error
+        raise DamagedManifest(f"{path} is damaged ({error}): {_REMEDY}") from error
     try:
+        if not hmac.compare_digest(str(found["sha256"]).encode(), _digest(found).encode()):
+            raise DamagedManifest(f"{path} is damaged (its SHA-256 is another): {_REMEDY}")
         if found["format"] != FORMAT:
             raise ManifestError(f"{path} is of the format {found['format']!r}, not {FORMAT!r}: {_REMEDY}")
         signature = found.get("hmac")
@@ -70,7 +77,7 @@ def read_manifest(directory: Path, key: bytes | None = None) -> Manifest:
     except ManifestError:
         raise
     except Exception as error:
-        raise ManifestError(f"{path} is damaged ({type(error).__name__}: {error}): {_REMEDY}") from error
+        raise DamagedManifest(f"{path} is damaged ({type(error).__name__}: {error}): {_REMEDY}") from error
     return Manifest(programs, signature is not None)
 
 
@@ -100,23 +107,38 @@ def add_program(directory: Path, contents: dict[str, bytes], program: Program, k
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(directory):
-            try:
-                before = read_manifest(directory, key).programs if (directory / NAME).exists() else ()
-            except ManifestError:
-                if key is not None:
-                    raise
-                before = ()
+            before = _before(directory, key)
             for name, content in contents.items():
                 with replacing(directory / name) as file:
                     file.write(content)
             kept = [item for item in before if item.made_for != program.made_for]
-            text: dict[str, Any] = {"format": FORMAT, "programs": [vars(item) for item in (*kept, program)]}
-            if key is not None:
-                text["hmac"] = _sign(text, key)
             with replacing(directory / NAME) as file:
-                file.write(json.dumps(text, indent=1, allow_nan=False).encode() + b"\n")
+                file.write(sealed({"format": FORMAT, "programs": [vars(item) for item in (*kept, program)]}, key))
     except OSError as error:
         raise ManifestError(f"programs cannot be written to {directory}: {error.strerror or error}") from error
+
+
+def sealed(text: dict[str, Any], key: bytes | None = None) -> bytes:
+    """The bytes of a manifest of this text, with its digest and, with a key, its signature."""
+    seal = {"sha256": _digest(text)} | ({} if key is None else {"hmac": _sign(text, key)})
+    return json.dumps({**text, **seal}, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def _before(directory: Path, key: bytes | None) -> tuple[Program, ...]:
+    """The programs that are to stay; none where the manifest is damaged.
+
+    Raises:
+        ManifestError: it is signed with another key, or is another format's: it is not for us to replace.
+    """
+    if not (directory / NAME).exists():
+        return ()
+    try:
+        manifest = read_manifest(directory, key)
+    except DamagedManifest:
+        return ()
+    if key is None and manifest.is_signed:
+        raise ManifestError(f"{directory / NAME} is signed: pass its key, or take another directory")
+    return manifest.programs
 
 
 def described(content: bytes) -> dict[str, Any]:
@@ -137,9 +159,17 @@ def _program(item: Any) -> Program:
     return program
 
 
+def _content(found: dict[str, Any]) -> bytes:
+    told = {name: value for name, value in found.items() if name not in ("sha256", "hmac")}
+    return json.dumps(told, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _digest(found: dict[str, Any]) -> str:
+    return hashlib.sha256(_content(found)).hexdigest()
+
+
 def _sign(found: dict[str, Any], key: bytes) -> str:
-    signed = {name: value for name, value in found.items() if name != "hmac"}
-    return hmac.new(key, json.dumps(signed, sort_keys=True).encode(), hashlib.sha256).hexdigest()
+    return hmac.new(key, _content(found), hashlib.sha256).hexdigest()
 
 
 @contextlib.contextmanager

@@ -80,8 +80,8 @@ class ProgramDirectory:
             return None
 
     def add(self, wanted: Wanted, entry: Entry) -> None:
-        """Write programs that have just been made; a warning where that cannot be done."""
-        if not self._adds:
+        """Write programs that have been made; a warning where that cannot be done."""
+        if not self._adds or entry.source == str(self.directory):
             return
         try:
             self.write(wanted, entry)
@@ -109,7 +109,8 @@ class ProgramDirectory:
     def _why_none(self, asked: dict[str, str]) -> str:
         """In what the nearest programs differ from what is wanted."""
         found = [differences(item.made_for, asked) for item in self.manifest().programs]
-        return "; ".join(min(found, key=len)) if found else "there are none"
+        nearest = min(found, key=len, default=["there are none"])
+        return "; ".join(nearest)
 
     def _load(self, program: Program, wanted: Wanted) -> Entry:
         graphs, constants = None, {}
@@ -127,6 +128,7 @@ class ProgramDirectory:
         warnings.warn(f"programs are made anew: {error}", stacklevel=2)
 
 
+_NAMED = tuple(name for name in Options.__dataclass_fields__ if name not in ("schedule", "passes", "preset"))
 _PATTERNS = {"Uniform": patterns.Uniform, "Power": patterns.Power, "Steps": patterns.Steps}
 
 
@@ -139,9 +141,7 @@ def options_to_text(options: Options) -> dict[str, Any]:
     kind = type(options.schedule)
     if _PATTERNS.get(kind.__name__) is not kind:
         raise Unreadable(f"schedule={options.schedule} is none that a file names: {', '.join(_PATTERNS)}")
-    values = {
-        name: getattr(options, name) for name in options.__dataclass_fields__ if name not in ("schedule", "passes")
-    }
+    values = {name: getattr(options, name) for name in _NAMED}
     schedule = {item.name: getattr(options.schedule, item.name) for item in fields(options.schedule)}  # type: ignore[arg-type]
     text: dict[str, Any] = json.loads(json.dumps({**values, "schedule": [kind.__name__, schedule]}))
     return text
@@ -156,7 +156,7 @@ def options_of_text(text: Any) -> dict[str, Any]:
     try:
         values = dict(text)
         kind, arguments = values.pop("schedule")
-        if set(values) != set(Options.__dataclass_fields__) - {"schedule", "passes"}:
+        if set(values) != set(_NAMED):
             raise ValueError(f"they are {', '.join(map(str, values))}")
         schedule: Schedule = _PATTERNS[kind](**{k: _tuple(v) for k, v in arguments.items()})
         return {**{name: _tuple(value) for name, value in values.items()}, "schedule": schedule}

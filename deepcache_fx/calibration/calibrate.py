@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,10 @@ def calibrate(
         }
         notes = CalibrationFile.open(path, settings)
         runs = Runs(job, chosen, optimize_arguments or {}, deeper_branch)
-        return _search(
-            runs, notes, made_for, job, orders, (chosen, deeper_branch), budget, target_error, trials, progress
-        )
+        with closing(runs):
+            return _search(
+                runs, notes, made_for, job, orders, (chosen, deeper_branch), budget, target_error, trials, progress
+            )
 
 
 def _search(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class CalibrationFile:
         search = {
             "complete": complete,
             "settings": dict(self.settings),
-            "measured": self.measured.to_dict(),
+            "measured": asdict(self.measured),
             "evaluations": evaluations,
         }
         write_json(self.path, {**values, "search": search})
@@ -116,7 +116,6 @@ def _read_evaluations(values: object, measured: Measured) -> dict[Candidate, Eva
             and set(text) <= ({"F", "s", "t"} if measured.deeper_macs else {"F", "s"})
             and order in (0, 1, 2)
             and not isinstance(order, bool)
-            and isinstance(images, int)
             and is_natural(images)
             and (error is None or is_number(error))
         ):

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from deepcache_fx.api import optimize, report, restore
 from deepcache_fx.calibration.search import Candidate
 from deepcache_fx.errors import DeepCacheError, OptionError
-from deepcache_fx.runtime.attach import bring_back, runtime_of
+from deepcache_fx.runtime.attach import bring_back, pause, runtime_of
 from deepcache_fx.runtime.report import Report
 from deepcache_fx.runtime.runtime import Runtime
 from deepcache_fx.schedules.branch import Branch
@@ -46,9 +46,6 @@ class Measured:
     def exchange(self) -> float:
         """How many deeper steps, in place of shallow ones, cost what a full one does in place of a shallow one."""
         return (self.full_macs - self.shallow_macs) / max(1, self.deeper_macs - self.shallow_macs)
-
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ class Runs:
 
     def _reference(self) -> list[torch.Tensor]:
         if self._uncached is None:
-            restore(self._job.pipe)
+            pause(self._job.pipe.unet)
             uncached = [self._job.run(batch) for batch in self._job.batches()]
             if not all(bool(values.isfinite().all()) for values in uncached):
                 raise DeepCacheError("the uncached run gives values that are not finite: try another dtype")
@@ -170,7 +167,7 @@ class Runs:
         pipe = self._job.pipe
         known, attached = self._runtimes.get(order), runtime_of(pipe.unet)
         if known is not attached:
-            restore(pipe)
+            pause(pipe.unet)
             if known is not None:
                 bring_back(pipe.unet, known)
         optimize(pipe, schedule=schedule, forecast=order, **self._arguments)
@@ -185,13 +182,19 @@ class Runs:
             raise DeepCacheError(f"this pipeline does not follow a schedule: {'; '.join(elsewise)}")
         return values, found
 
+    def close(self) -> None:
+        """Give back what was made for the runs."""
+        pause(self._job.pipe.unet)
+        for runtime in self._runtimes.values():
+            runtime.release()
+
 
 @contextmanager
 def left_as_found(pipe: Any) -> Iterator[None]:
     """The pipeline not optimised and without its own progress bar; afterwards as it was."""
     unet = pipe.unet
     before, bar = runtime_of(unet), pipe.__dict__.get("_progress_bar_config")
-    restore(pipe)
+    pause(unet)
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(**{**(bar or {}), "disable": True})
     try:

@@ -1,4 +1,4 @@
-"""The command line: deepcache-fx compare, plan, draw and calibrate.
+"""The command line: deepcache-fx compare, plan, suggest, draw and calibrate.
 
 A wrong argument is one line on stderr and exit code 2; Ctrl-C is exit code 130 and leaves no half-written file.
 """
@@ -15,6 +15,7 @@ from deepcache_fx.cli.calibrate import calibrate_command
 from deepcache_fx.cli.compare import compare_command
 from deepcache_fx.cli.draw import draw_command
 from deepcache_fx.cli.plan import plan_command
+from deepcache_fx.cli.suggest import suggest_command
 from deepcache_fx.errors import DeepCacheError
 
 
@@ -56,5 +57,6 @@ main = typer.Typer(
 
 main.command("compare")(compare_command)
 main.command("plan")(plan_command)
+main.command("suggest")(suggest_command)
 main.command("draw")(draw_command)
 main.command("calibrate")(calibrate_command)

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -81,32 +80,26 @@ def calibrate_command(
             pipe = loading.load_pipeline(model, dtype=kind, device=at, variant=variant)
         if scheduler is not None:
             loading.use_scheduler(pipe, scheduler)
-        with progress_bar(console, time_stages=False) as progress:
-            try:
-                found = calibrate(
-                    pipe,
-                    tuple(prompts),
-                    budget=goal,
-                    target_error=target_error,
-                    steps=steps,
-                    seed=seed,
-                    forecast=orders,
-                    branch=chosen,
-                    deeper=deeper_branch,
-                    metric=metric.value,
-                    trials=trials,
-                    batch_size=batch_size,
-                    out=out,
-                    optimize_arguments={"backend": backend, "precision": precision},
-                    progress=progress,
-                    **{name: value for name, value in given.items() if value is not None},
-                )
-            except torch.OutOfMemoryError as error:
-                raise DeepCacheError("out of memory: try a smaller --batch-size or another --dtype") from error
-            except DeepCacheError:
-                raise
-            except ValueError as error:  # the pipeline's own checks: a height that is no multiple of 8
-                raise DeepCacheError(str(error)) from error
+        remedy = "a smaller --batch-size or another --dtype"
+        with progress_bar(console, time_stages=False) as progress, loading.one_line_errors(remedy):
+            found = calibrate(
+                pipe,
+                tuple(prompts),
+                budget=goal,
+                target_error=target_error,
+                steps=steps,
+                seed=seed,
+                forecast=orders,
+                branch=chosen,
+                deeper=deeper_branch,
+                metric=metric.value,
+                trials=trials,
+                batch_size=batch_size,
+                out=out,
+                optimize_arguments={"backend": backend, "precision": precision},
+                progress=progress,
+                **{name: value for name, value in given.items() if value is not None},
+            )
     output = Console()
     output.print(_table(found, model))
     output.print(f"schedule: {out}", markup=False, highlight=False, soft_wrap=True)

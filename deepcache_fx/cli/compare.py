@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +83,8 @@ def compare_command(
                 pipes.append(loading.load_pipeline(name, dtype=kind, device=at, variant=variant))
         for pipe in pipes if scheduler is not None else ():
             loading.use_scheduler(pipe, str(scheduler))
-        with progress_bar(console, time_stages=True) as progress, _one_line_errors():
+        remedy = "fewer prompts, a smaller picture or another --dtype"
+        with progress_bar(console, time_stages=True) as progress, loading.one_line_errors(remedy):
             found = compare(
                 pipes[0],
                 prompts=prompts,
@@ -126,16 +127,6 @@ def compare_command(
     for remark in (*(f"no speed-up is told: {doubt}" for doubt in found.doubts), *found.remarks):
         output.print(f"note: {remark}", markup=False, highlight=False)
     output.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:  # the pipeline's own checks: a height that is no multiple of 8, too many steps
-        raise DeepCacheError(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise DeepCacheError("out of memory: try fewer prompts, a smaller picture or another --dtype") from error
 
 
 def _check(schedule: Schedule, steps: int, scheduler: str | None, out: Path, json: Path | None) -> None:

@@ -8,7 +8,8 @@ import os
 import textwrap
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -159,33 +160,30 @@ def load_pipeline(model: str, *, dtype: torch.dtype, device: torch.device, varia
 @contextmanager
 def quiet(*, keep_download_bars: bool = False) -> Iterator[None]:
     """Silence diffusers, transformers, what they import, and warnings, for the length of a with block."""
-    loggers = [logging.getLogger(name) for name in IMPORTED_UNUSED]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    import transformers.utils.logging as transformers_logging
+    with ExitStack() as stack:
+        for logger in map(logging.getLogger, IMPORTED_UNUSED):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        for library in ("transformers", "diffusers"):  # in this order: what diffusers imports speaks too
+            messages = import_module(f"{library}.utils.logging")
+            stack.callback(messages.set_verbosity, messages.get_verbosity())
+            messages.set_verbosity_error()
+            if messages.is_progress_bar_enabled() and not keep_download_bars:
+                stack.callback(messages.enable_progress_bar)
+                messages.disable_progress_bar()
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
 
-    speaking = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # before diffusers is imported: its imports speak too
-    import diffusers.utils.logging as diffusers_logging
 
-    chattering = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    bars = [
-        module
-        for module in (diffusers_logging, transformers_logging)
-        if module.is_progress_bar_enabled() and not keep_download_bars
-    ]
-    for module in bars:
-        module.disable_progress_bar()
+@contextmanager
+def one_line_errors(out_of_memory: str) -> Iterator[None]:
+    """Raise what a pipeline refuses, or has no memory for, as a DeepCacheError; the argument says what to try then."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        transformers_logging.set_verbosity(speaking)
-        diffusers_logging.set_verbosity(chattering)
-        for module in bars:
-            module.enable_progress_bar()
+        yield
+    except DeepCacheError:
+        raise
+    except ValueError as error:  # the pipeline's own checks: a height that is no multiple of 8, too many steps
+        raise DeepCacheError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise DeepCacheError(f"out of memory: try {out_of_memory}") from error

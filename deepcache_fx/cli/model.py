@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from deepcache_fx.cards.family import Facts
 from deepcache_fx.cli import loading
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.planning.example_inputs import example_inputs
@@ -85,6 +86,38 @@ def read_model(model: str) -> tuple[Mapping[str, Any], int]:
             levels = found.get("block_out_channels") or found.get("encoder_block_out_channels") or levels
             break
     return config, 2 ** (len(levels) - 1)
+
+
+def read_facts(model: str) -> Facts:
+    """What the configurations of a preset, a directory or a repository of the Hub say of the model.
+
+    Raises:
+        DeepCacheError: there is no such place, or no UNet in it.
+    """
+    if model in PRESETS:
+        return Facts(PRESETS[model].config)
+    unet, _ = read_model(model)
+    path = Path(model).expanduser()
+    where = str(path.resolve()) if path.is_dir() else model
+    found: dict[str, Mapping[str, Any]] = {"model_index.json": {}, "scheduler/scheduler_config.json": {}}
+    for name in found:
+        with contextlib.suppress(OSError):
+            found[name] = _read_json(where, name)
+    index, scheduler = found.values()
+    return Facts(unet, scheduler, str(index.get("_class_name", "")), (where.rstrip("/").split("/")[-1],))
+
+
+def _read_json(where: str, name: str) -> Mapping[str, Any]:
+    """A file of a pipeline. Raises OSError where there is none."""
+    from diffusers import DDIMScheduler, DiffusionPipeline  # any scheduler reads the configuration of any other
+
+    if Path(where).is_dir() and not Path(where, name).is_file():
+        raise FileNotFoundError(f"there is no {Path(where, name)}")
+    folder = name.rpartition("/")[0]
+    reader: Any = DDIMScheduler if folder else DiffusionPipeline
+    config = reader.load_config(where, subfolder=folder or None)
+    assert isinstance(config, Mapping)
+    return config
 
 
 def _read_config(where: str, folder: str | None) -> Mapping[str, Any]:

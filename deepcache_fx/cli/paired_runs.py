@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from deepcache_fx.api import optimized, report, restore
+from deepcache_fx.api import optimized, report
 from deepcache_fx.cli.comparison import Comparison as Comparison
 from deepcache_fx.cli.comparison import UNetCalls
 from deepcache_fx.errors import DeepCacheError
-from deepcache_fx.runtime.attach import bring_back, runtime_of
+from deepcache_fx.runtime.attach import bring_back, pause
 
 Progress = Callable[[str, int, int], None]
 """Called as (stage, denoising steps done, denoising steps of this stage)."""
@@ -105,10 +105,11 @@ def compare(
 
 @contextmanager
 def _paused(pipes: Sequence[Any]) -> Iterator[None]:
-    """The pipelines as they were before `optimize`, for the length of a with block; captures are kept."""
-    runtimes = [(item.unet, runtime_of(item.unet)) for item in pipes]
-    for item in pipes:
-        restore(item)
+    """The pipelines without caching, for the length of a with block; captures are kept.
+
+    Weights keep the layout that programs want: to undo it would have every graph recorded anew in a run that is timed.
+    """
+    runtimes = [(item.unet, pause(item.unet)) for item in pipes]
     try:
         yield
     finally:

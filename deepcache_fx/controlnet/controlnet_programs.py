@@ -118,6 +118,10 @@ class ControlNetEntry:
         renewed.shallow = {read: step.renewed(others) for read, step in self.shallow.items()}
         return renewed
 
+    def at(self, call: Call) -> ControlNetEntry | None:
+        """None: a ControlNet is captured for each size. The picture that it is given has sizes of its own, and all of
+        its programs together are a fraction of the UNet's."""
+
     def release(self) -> None:
         for step in (self.full, *self.shallow.values()):
             step.programs.release()

@@ -77,7 +77,13 @@ class ControlNetRuntime:
 
     def adopt(self, before: ControlNetRuntime) -> None:
         """Take over the programs of another runtime of the same ControlNet."""
-        self._entries = before._entries
+        self._entries, self.model_state = before._entries, before.model_state
+
+    def release(self) -> None:
+        """Give all memory back, and weights the strides that they had."""
+        self._state = _ThreadState()
+        self._entries.release()
+        self.model_state.restore()
 
     def runtime(self) -> Runtime | None:
         """The UNet's; None where the UNet is gone."""
@@ -216,7 +222,7 @@ class ControlNetRuntime:
         run = self._state.run
         return ControlNetReport(
             model=self.model_class.__name__,
-            captures=self._entries.made,
+            captures=self._entries.captured,
             rebound=self._entries.rebound,
             full_calls=self._full,
             shallow_calls=self._shallow,

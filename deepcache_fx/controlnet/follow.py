@@ -61,6 +61,7 @@ class PipelineFollower:
             return
         if not is_known:
             self._let_go()
+            self.release()
             self._stopped = self._refused = None
             self._controlnet = None
         if isinstance(network, torch.nn.Module):
@@ -72,6 +73,18 @@ class PipelineFollower:
         self._scheduler.stop()
         self._stopped = self.controlnet_runtime()
         self._let_go()
+
+    def undo_layout(self) -> None:
+        """Give the ControlNet's weights the strides that it had them in."""
+        controlnet_runtime = self.controlnet_runtime()
+        if controlnet_runtime is not None:
+            controlnet_runtime.model_state.restore()
+
+    def release(self) -> None:
+        """Give back what the ControlNet's programs hold."""
+        controlnet_runtime = self.controlnet_runtime()
+        if controlnet_runtime is not None:
+            controlnet_runtime.release()
 
     def _answers(self, network: torch.nn.Module) -> bool:
         found = attached_to(network)
@@ -111,4 +124,3 @@ class PipelineFollower:
         runtimes.remove(controlnet_runtime)
         if not runtimes:
             detach(network)
-        controlnet_runtime.model_state.restore()

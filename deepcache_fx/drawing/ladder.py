@@ -138,8 +138,3 @@ def _runs(names: Iterable[str]) -> list[str]:
 
 def _count(operators: Sequence[str]) -> str:
     return ", ".join(f"{operators.count(name)} {name}" for name in dict.fromkeys(operators))
-
-
-def bound(full: int, shallow: int, interval: int) -> float:
-    """The most that a 1:interval schedule speeds up the UNet, were time proportional to MACs."""
-    return interval * full / (full + (interval - 1) * shallow)

@@ -12,7 +12,6 @@ from deepcache_fx.drawing.ladder import (
     Layout,
     Row,
     Unit,
-    bound,
     mebibytes,
     place,
     resolution,
@@ -20,6 +19,7 @@ from deepcache_fx.drawing.ladder import (
 )
 from deepcache_fx.drawing.svg import EDGE, FAINT, INK, PAPER, Pen, Rect, document, fit, text_width, to_bytes, wrap
 from deepcache_fx.graph.module_path import first_part
+from deepcache_fx.planning.plan import bound
 
 FILL = {"prompt": "#cdb4f6", "refresh": "#fcd9a0", "step": "#a5d3f7"}
 """Of a cell, by the rate at which it is computed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ from itertools import chain
 import torch
 from torch import fx
 
+from deepcache_fx.errors import CaptureError
 from deepcache_fx.execution.compile import compile_variants, copies_weights, pick_backend
 from deepcache_fx.execution.cuda_graph_programs import CudaGraphPrograms
 from deepcache_fx.execution.cuda_graphs import RECORDERS, Recorder
@@ -18,6 +20,7 @@ from deepcache_fx.graph.capture import Captured
 from deepcache_fx.graph.only import Only
 from deepcache_fx.graph.pass_order import apply_passes, finish
 from deepcache_fx.graph.signature import Call
+from deepcache_fx.graph.sizes import Sizes, at, fixed
 from deepcache_fx.graph.skips import pick_branches, require_skip_connections
 from deepcache_fx.graph.split import RATES, Variant, Variants, copied, split
 from deepcache_fx.graph.weights import Binding, is_aligned, let_go_of_weights, unwrapped
@@ -70,6 +73,10 @@ class Entry:
     """Of all that made it, the capture included."""
     source: str | None = None
     """Where it was loaded from; None where it was captured."""
+    why_not_saved: str | None = None
+    """Why another process cannot have it."""
+    many: ManySizes | None = None
+    """What it is one size of, where the capture serves many."""
 
     def __post_init__(self) -> None:
         self.names = tuple(self.variants.named())[1:]
@@ -86,7 +93,15 @@ class Entry:
         variants = self.variants.named().values()
         stages = [variant.prompt for variant in variants if variant.prompt is not None]
         raw = [self.raw] if self.raw is not None else []
+        raw += self.many.graphs() if self.many is not None else []
         return [self.captured.graph, *(variant.step for variant in variants), *stages, *raw]
+
+    def at(self, call: Call) -> Entry | None:
+        """The entry of the same capture for a call of other sizes; None where the capture does not serve those.
+
+        It has programs, buffers and recorded graphs of its own, and shares the graphs that were captured.
+        """
+        return None if self.many is None else self.many.entry(call)
 
     def copies_weights(self) -> bool:
         """True where something else than these graphs may hold the values of weights, or what follows from them."""
@@ -122,50 +137,102 @@ def assemble(
     if raw is not None:
         like = _without_values(call, raw)
         again = partial(assemble, captured.with_graph(raw), like, options, name=name, recorders=recorders)
+    parts = divided(captured, call, options, name)
+    if parts.captured.sizes is not None:
+        let_go_of_weights(parts.captured.graph)
+        entry = ManySizes(parts, parts.captured.sizes, options, recorders).entry(call)
+        if entry is None:
+            raise CaptureError(f"{name} was captured for many sizes, and not for those of the call itself")
+        return entry
+    made = compiled_entry(parts.finished(options), call, options, recorders)
+    let_go_of_weights(parts.captured.graph)
+    return replace(made, again=again, raw=raw)
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A captured call after the passes on it, split, and not yet compiled."""
+
+    captured: Captured
+    variants: Variants
+    cuts: Mapping[Branch | None, int]
+    """As of `Entry`."""
+    passes: tuple[PassRecord, ...]
+
+    def finished(self, options: Options) -> Divided:
+        """After the passes on each variant, too."""
+        variants, more = finish(self.variants, options)
+        return replace(self, variants=variants, passes=(*self.passes, *more))
+
+
+def divided(captured: Captured, call: Call, options: Options, name: str) -> Divided:
+    """Run the passes on a captured call, and split it. `name` is the model's.
+
+    Raises:
+        DeepCacheError: a pass failed, or there is no such branch.
+    """
     captured, records = apply_passes(captured, options)
     skips = require_skip_connections(captured.graph.graph, name)
     branches = pick_branches(skips, options.branch, options.schedule.branches, name)
     rates = [name for name in RATES if options.uses(name)]
     chosen = list(dict.fromkeys(branches.values()))
     variants = split(captured, chosen, rates=rates, prompt_inputs=call.prompt_inputs, forecast=options.order)
-    variants, more = finish(variants, options)
-    why_not = why_not_recorded(options, call)
-    compiled = compiled_variants(variants, options, call.sample.device, why_not, recorders)
-    programs = compiled.record(compiled.called)
-    let_go_of_weights(captured.graph)
-    return Entry(
-        captured,
-        variants,
-        {branch: chosen.index(found) for branch, found in branches.items()},
-        _prompt_stages(variants),
-        programs,
-        (*records, *more),
-        ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors),
-        compiled,
-        again,
-        raw,
-    )
+    cuts = {branch: chosen.index(found) for branch, found in branches.items()}
+    return Divided(captured, variants, cuts, tuple(records))
 
 
-def rebuild(
-    captured: Captured,
-    variants: Variants,
-    cuts: Mapping[Branch | None, int],
-    passes: tuple[PassRecord, ...],
-    inputs: str,
-    call: Call,
-    options: Options,
-    recorders: MutableMapping[torch.device, Recorder],
+def compiled_entry(
+    parts: Divided, call: Call, options: Options, recorders: MutableMapping[torch.device, Recorder]
 ) -> Entry:
-    """The entry of variants that another process has made; `captured` tells no more than what the model returns.
+    """The entry of finished variants.
 
     Raises:
         CompileError: see `compile_variants`.
     """
-    why_not = why_not_recorded(options, call)
-    compiled = compiled_variants(variants, options, call.sample.device, why_not, recorders)
-    programs = compiled.record(compiled.called)
-    return Entry(captured, variants, cuts, _prompt_stages(variants), programs, passes, inputs, compiled)
+    device = call.sample.device
+    compiled = compiled_variants(parts.variants, options, device, why_not_recorded(options, call), recorders)
+    return Entry(
+        parts.captured,
+        parts.variants,
+        parts.cuts,
+        _prompt_stages(parts.variants),
+        compiled.record(compiled.called),
+        parts.passes,
+        ", ".join("x".join(map(str, t.shape)) or "scalar" for t in call.tensors),
+        compiled,
+    )
+
+
+@dataclass(frozen=True)
+class ManySizes:
+    """A capture whose batch, height and width are symbols: an entry for each size that is met.
+
+    The graphs' own operators run for any size; compilers are given the graphs with the numbers of one size in them, so
+    that a step is the one that it would be had each size been captured by itself.
+    """
+
+    parts: Divided
+    sizes: Sizes
+    options: Options
+    recorders: MutableMapping[torch.device, Recorder]
+
+    def graphs(self) -> list[fx.GraphModule]:
+        """All that hold weights."""
+        return [graph for item in self.parts.variants.named().values() for graph in (item.step, item.prompt) if graph]
+
+    def entry(self, call: Call) -> Entry | None:
+        """The entry for the sizes of this call; None where the capture does not serve them."""
+        started = time.perf_counter()
+        values = self.sizes.values(call.tensors)
+        if values is None:
+            return None
+        size = at(values)
+        variants = self.parts.variants.at(size, self.parts.captured.graph.graph)
+        if pick_backend(self.options, call.sample.device) != "eager":
+            variants = variants.with_steps({k: fixed(v.step, size) for k, v in variants.named().items()})
+        parts = replace(self.parts, variants=variants).finished(self.options)
+        entry = compiled_entry(parts, call, self.options, self.recorders)
+        return replace(entry, many=self, seconds=time.perf_counter() - started)
 
 
 def _may_read_weights(item: Pass) -> bool:

@@ -13,6 +13,7 @@ from torch import fx
 from deepcache_fx.errors import CompileError
 from deepcache_fx.execution import openvino
 from deepcache_fx.execution.checked import Checked
+from deepcache_fx.execution.first_call import CompiledAtFirstCall, Toolchain
 from deepcache_fx.options import Options
 
 Program = Callable[..., Sequence[Any]]
@@ -70,7 +71,7 @@ class Compilation:
     @property
     def backend(self) -> str:
         """The one that they run by."""
-        eager = [name for name, program in self._checked().items() if program.refused is not None]
+        eager = [name for name, program in self.programs.items() if getattr(program, "refused", None) is not None]
         if not eager:
             return self.picked
         return "eager" if len(eager) == len(self.programs) else f"{self.picked} ({', '.join(eager)}: eager)"
@@ -115,9 +116,12 @@ def compile_variants(
             raise
         warnings.warn(f"backend='auto' leaves OpenVINO out, and the graphs run as they are: {error}", stacklevel=2)
         return eager
+    toolchain = Toolchain(name_of(backend), may_fall_back=options.backend == "auto")
     for name, program in programs.items():
         if isinstance(program, openvino.OpenVINOProgram):
             programs[name] = Checked(program, steps[name].forward, program.precision, num_outputs, may_fall_back)
+        elif backend not in ("eager", "openvino"):
+            programs[name] = CompiledAtFirstCall(program, steps[name].forward, toolchain)
     return Compilation(programs, name_of(backend))
 
 
@@ -172,7 +176,8 @@ def _settings(options: Options, backend: str | Callable[..., Any]) -> dict[str, 
     """The `options` for torch.compile; None where the mode must be passed instead."""
     settings: dict[str, Any] = {"guard_filter_fn": _no_guards}
     if backend == "inductor":
-        settings |= _inductor_mode(options.mode)
+        # Also where the user has switched them on for the whole process.
+        settings |= {**_inductor_mode(options.mode), _OWN_GRAPHS: False}
     elif options.mode is not None:
         return None
     return settings | dict(options.options or {})
@@ -187,7 +192,11 @@ def _inductor_mode(mode: str | None) -> dict[str, Any]:
     known = inductor.list_mode_options()
     if mode not in known:
         raise CompileError(f"mode {mode!r} is unknown to Inductor: use one of {', '.join(known)}")
-    return {key: value for key, value in known[mode].items() if key != "triton.cudagraphs"}
+    return {key: value for key, value in known[mode].items() if key != _OWN_GRAPHS}
+
+
+_OWN_GRAPHS = "triton.cudagraphs"
+"""Inductor's setting for CUDA graphs of its own."""
 
 
 def _no_guards(guards: Sequence[Any]) -> list[bool]:

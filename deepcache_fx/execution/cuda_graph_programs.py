@@ -16,8 +16,10 @@ The contract:
 - The cache buffers belong to one deep feature at a time. Another thread, or another UNet call of the same step, first
   moves that one out to memory of its own.
 - A graph holds raw addresses of weights. They are compared before every replay, and the graph is recorded anew when
-  one has moved.
+  one has moved. From the comparison to the launch nothing here moves weights (`cuda_graphs.Recorder` has the order of
+  locks), and what moves them frees no memory that work under way still reads.
 - A variant that cannot be recorded is called instead, and `cuda_graphs()` says why.
+- What is released has given graphs and buffers back, and is called from then on.
 
 Not done here: nothing is compiled, and values are never inspected: that the inputs fit is the signature's business.
 """
@@ -35,9 +37,12 @@ from typing import Any
 import torch
 
 from deepcache_fx.execution.cuda_graphs import Recorder, Recording, RecordingError, Run, first_line
+from deepcache_fx.execution.memory_format import WEIGHTS_LOCK
 from deepcache_fx.execution.programs import DirectPrograms, FeatureCache, History, Values
 from deepcache_fx.graph.capture import CAPTURE_LOCK
 from deepcache_fx.graph.forecast import coefficients
+
+_TRIES = 3
 
 
 class _Input:
@@ -122,8 +127,6 @@ class CudaGraphPrograms:
         self._recorder = recorder
         self._weights = {name: tuple(tensors) for name, tensors in weights.items()}
         self._cache_like, self._device = tuple(cache), device
-        self._runs: dict[str, Run] = {"full": self._run_full}
-        self._runs |= {shallow.name: partial(self._run_shallow, cut) for cut, shallow in enumerate(called.cuts)}
         self._graphs: dict[str, _Graph] = {}
         self._inputs: tuple[_Input, ...] = ()
         self._prompts: dict[str, _Prompt] = {}
@@ -147,15 +150,11 @@ class CudaGraphPrograms:
         order = self._called.order
         before = before if order else None
         with self._recorder.lock:
-            recording = self._ready("full", tensors, prompt)
+            place = self._move_out if before is None else partial(self._move_in, before)
+            recording = self._replay("full", tensors, prompt, place)
             if recording is None:
                 self._give_memory(before)
                 return self._called.full(step, tensors, prompt, before)
-            if before is None:
-                self._move_out()
-            else:
-                self._move_in(before)
-            recording.replay()
             if before is not None:
                 self._called.note_refreshes(before, step, len(self._cache))
                 return _cloned(recording.outputs), before
@@ -171,19 +170,10 @@ class CudaGraphPrograms:
     ) -> Sequence[Any]:
         name = self._called.cuts[cut].name
         with self._recorder.lock:
-            recording = self._ready(name, tensors, prompt)
+            recording = self._replay(name, tensors, prompt, partial(self._prepare_shallow, step, feature, cut))
             if recording is None:
                 self._give_memory(feature)
                 return self._called.shallow(step, tensors, feature, prompt, cut)
-            if feature.values is not None or self._resident() is not feature:
-                self._move_in(feature)
-            if self._forecast:
-                values = coefficients(step, feature.steps[cut], self._called.order, feature.degree)
-                if values != self._weighed.get(cut):
-                    for index, value in enumerate(values):
-                        self._forecast[cut][index].fill_(value)  # launches that nothing waits for
-                    self._weighed[cut] = values
-            recording.replay()
             refreshed = self._called.cuts[cut].refreshed
             if refreshed:
                 self._called.note_refreshes(feature, step, refreshed)
@@ -198,10 +188,16 @@ class CudaGraphPrograms:
 
     def release(self) -> None:
         with self._recorder.lock:
-            for name in tuple(self._graphs):
-                self._drop(name)
+            self._failure = "given back"
+            self._let_go()
 
     # Recording.
+
+    def _run_of(self, name: str) -> Run:
+        """Made anew at each recording: kept, it would keep this object alive until garbage is collected."""
+        if name == "full":
+            return self._run_full
+        return partial(self._run_shallow, [shallow.name for shallow in self._called.cuts].index(name))
 
     def _run_full(self) -> Sequence[Any]:
         leaves = self._called.full_program(*_buffers(self._inputs), *self._prompts["full"].buffers())
@@ -223,33 +219,50 @@ class CudaGraphPrograms:
             _copy(values, history[0])
         return leaves[: self._called.num_outputs]
 
-    def _ready(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> Recording | None:
-        """The recording of a variant, with its inputs in place. None where the programs have to be called."""
-        if self._failure is not None or not self._recorder.begin():
+    def _replay(
+        self, name: str, tensors: Sequence[torch.Tensor], prompt: Values, prepare: Callable[[], object]
+    ) -> Recording | None:
+        """Replay a variant, with its inputs and what `prepare` does in place; None where it has to be called."""
+        if not self._fill(name, tensors, prompt):
             return None
+        for _ in range(_TRIES):
+            with WEIGHTS_LOCK:
+                graph = self._graphs.get(name)
+                if graph is not None and graph.addresses == self._addresses(name):
+                    prepare()
+                    graph.recording.replay()
+                    return graph.recording
+            if not self._record(name):
+                return None
+        return None  # somebody moves the weights all the time
+
+    def _addresses(self, name: str) -> tuple[int, ...]:
+        return tuple(map(torch.Tensor.data_ptr, self._weights[name]))
+
+    def _fill(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> bool:
+        """Put the inputs of a variant in place. False where the programs have to be called."""
+        if self._failure is not None or not self._recorder.begin():
+            return False
         known = self._prompts.get(name)
         if known is None:
             try:
                 self._make_buffers(name, tensors, prompt)
             except RuntimeError as error:  # out of memory, or an input that overlaps itself
-                self._failure = f"buffers: {first_line(error)}"
-                return None
+                self._fail(f"buffers: {first_line(error)}")
+                return False
         else:
             _fill(self._inputs, tensors)
             if prompt is not known.values:  # nobody changes a prompt value in place
                 known.fill(prompt)
-        addresses = tuple(map(torch.Tensor.data_ptr, self._weights[name]))
-        graph = self._graphs.get(name)
-        if graph is not None and graph.addresses == addresses:
-            return graph.recording
-        return self._record(name, addresses)
+        return True
 
     def _make_buffers(self, name: str, tensors: Sequence[torch.Tensor], prompt: Values) -> None:
         with torch.inference_mode(False):  # else no later call outside of it could write them
             self._inputs = self._inputs or tuple(map(_Input, tensors))
             if self._called.order and not self._forecast:
                 self._forecast = tuple(
-                    torch.zeros(self._called.order + 1, device=self._device) for _ in self._cache_like
+                    torch.zeros(self._called.order + 1, dtype=torch.float32, device=self._device)
+                    for _ in self._cache_like
                 )
             self._cache = self._cache or tuple(
                 tuple(
@@ -263,32 +276,52 @@ class CudaGraphPrograms:
         values.fill(prompt)
         self._prompts[name] = values
 
-    def _record(self, name: str, addresses: tuple[int, ...]) -> Recording | None:
-        """A new recording of a variant; None where it cannot be recorded."""
+    def _record(self, name: str) -> bool:
+        """Record a variant; false where that cannot be done."""
         if name in self._graphs:
             self._moves += 1
             self._drop(name)
         if name == "full" or any(shallow.refreshed for shallow in self._called.cuts if shallow.name == name):
             self._move_out()  # running the program writes the cache buffers
         try:
-            with CAPTURE_LOCK:  # the warm-up compiles
+            with CAPTURE_LOCK:  # the warm-up compiles; and weights stay where they are
+                addresses = self._addresses(name)
                 started = time.perf_counter()
-                recording = self._recorder.record(self._runs[name])
+                recording = self._recorder.record(self._run_of(name))
                 self.first_call_seconds.setdefault(name, time.perf_counter() - started)
         except RecordingError as error:
-            self._failure = f"{name} step: {error}"
-            self._inputs = ()
-            self._forecast = ()
-            self._weighed.clear()
-            self._prompts.clear()
-            self.release()
-            return None
+            self._fail(f"{name} step: {error}")
+            return False
         self._graphs[name] = _Graph(recording, addresses)
-        return recording
+        return True
 
     def _drop(self, name: str) -> None:
         self._recorder.finish()
         self._graphs.pop(name).recording.reset()
+
+    def _fail(self, reason: str) -> None:
+        self._failure = reason
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Give graphs and buffers back; a deep feature that is still wanted gets memory of its own."""
+        for name in tuple(self._graphs):
+            self._drop(name)
+        self._move_out()
+        self._inputs = self._cache = self._forecast = ()
+        self._weighed.clear()
+        self._prompts.clear()
+
+    def _prepare_shallow(self, step: int, feature: FeatureCache, cut: int) -> None:
+        """Put the deep feature, and the weights of its refreshes, in place."""
+        if feature.values is not None or self._resident() is not feature:
+            self._move_in(feature)
+        if self._forecast:
+            values = coefficients(step, feature.steps[cut], self._called.order, feature.degree)
+            if values != self._weighed.get(cut):
+                for index, value in enumerate(values):
+                    self._forecast[cut][index].fill_(value)  # launches that nothing waits for
+                self._weighed[cut] = values
 
     # Who lives in the cache buffers.
 

@@ -12,7 +12,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 DEVICE_TYPES = ("cuda",)
 """Where convolutions want channels-last weights."""
 
-_LOCK = threading.Lock()
+WEIGHTS_LOCK = threading.RLock()
+"""Held while a weight is moved, and from the look at where weights are to the launch of what reads them there."""
 
 _users: MutableMapping[torch.Tensor, weakref.WeakSet[ChannelsLastWeights]] = WeakTensorKeyDictionary()
 """Of every converted weight, whose programs read it: two UNets may share a ControlNet."""
@@ -31,14 +32,13 @@ class ChannelsLastWeights:
     def convert(self, module: torch.nn.Module) -> int:
         """Make every contiguous `Conv2d` weight channels-last; the number of weights converted now."""
         count = 0
-        with _LOCK:
+        with WEIGHTS_LOCK:
             for conv in module.modules():
                 if not isinstance(conv, torch.nn.Conv2d):
                     continue
                 weight = conv.weight
                 if _in_channels_first(weight):
-                    with torch.inference_mode(False):  # else no gradient could ever be taken of it
-                        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+                    _move(weight, torch.channels_last)
                     count += 1
                 elif weight not in _users:
                     continue
@@ -48,7 +48,7 @@ class ChannelsLastWeights:
 
     def undo(self) -> None:
         """Give the weights that nobody else uses their contiguous format back, whatever their values are by now."""
-        with _LOCK:
+        with WEIGHTS_LOCK:
             for reference in self._used.values():
                 weight = reference()
                 if weight is None:
@@ -59,9 +59,17 @@ class ChannelsLastWeights:
                     continue
                 del _users[weight]
                 if weight.is_contiguous(memory_format=torch.channels_last):
-                    with torch.inference_mode(False):
-                        weight.data = weight.data.contiguous()
+                    _move(weight, torch.contiguous_format)
             self._used.clear()
+
+
+def _move(weight: torch.Tensor, memory_format: torch.memory_format) -> None:
+    """Other strides, in other memory. That before is not given to anybody while work under way may read it."""
+    before = weight.data
+    with torch.inference_mode(False):  # else no gradient could ever be taken of it
+        weight.data = before.contiguous(memory_format=memory_format)
+    if before.device.type != "cpu":  # of whichever stream: the allocator knows of the one it was made on alone
+        torch.accelerator.synchronize(before.device)
 
 
 def _in_channels_first(weight: torch.Tensor) -> bool:

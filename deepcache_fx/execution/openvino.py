@@ -18,7 +18,7 @@ import operator
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -112,6 +112,16 @@ def _pick_precision(wanted: str | None, types: set[torch.dtype]) -> str:
     return "bf16"
 
 
+class NodeTime(NamedTuple):
+    """How long one node of a program took in the last call."""
+
+    kind: str
+    """OpenVINO's names of the node and of what runs it: "Convolution brgconv_avx2_f32"."""
+    of: str
+    """The operators it was made of, as far as OpenVINO tells."""
+    seconds: float
+
+
 class OpenVINOProgram:
     """One compiled graph, called by one thread at a time: each call has all the threads that there are.
 
@@ -121,6 +131,7 @@ class OpenVINOProgram:
     def __init__(self, compiled: Any, border: _Border, precision: str, head: _Head | None) -> None:
         self.precision = precision
         self._head = head
+        self._compiled = compiled
         self._request = compiled.create_infer_request()
         self._lock = threading.Lock()
         self._inputs = border.inputs
@@ -145,6 +156,20 @@ class OpenVINOProgram:
             request.infer({}, share_outputs=True)
         found = {"input": tensors, "result": results}
         return [found[kind][value] if kind in found else value for kind, value in self._leaves]
+
+    def node_times(self) -> list[NodeTime]:
+        """Of the last call, for a program that was compiled with the property {"PERF_COUNT": True}."""
+        operators = {
+            node.get_friendly_name(): node.get_rt_info()["originalLayersNames"].astype(str)
+            for node in self._compiled.get_runtime_model().get_ops()
+        }
+        return [
+            NodeTime(
+                f"{node.node_type} {node.exec_type}", operators.get(node.node_name, ""), node.real_time.total_seconds()
+            )
+            for node in self._request.get_profiling_info()
+            if node.real_time
+        ]
 
 
 def shared(tensor: torch.Tensor) -> Any:

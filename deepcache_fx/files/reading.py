@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeGuard
 
 from deepcache_fx.errors import ScheduleError
 
@@ -22,12 +23,12 @@ def read_json(path: Path) -> object:
         raise ScheduleError(f"{path} is not JSON: {error}") from error
 
 
-def is_natural(value: object) -> bool:
+def is_natural(value: object) -> TypeGuard[int]:
     """True for an integer of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """True for a finite number of at least 0."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,10 @@ from deepcache_fx.errors import CaptureError, DeepCacheError, Uncapturable
 from deepcache_fx.graph.containers import tensors_left
 from deepcache_fx.graph.lazy import computed
 from deepcache_fx.graph.signature import Call, CallReader
+from deepcache_fx.graph.sizes import Sizes, depends_on_values, free_axes
 from deepcache_fx.graph.weights import as_parameters, hold_own_weights, let_go_of_weights
+from passes.shared.match import eliminate_dead_code
+from passes.shared.sizes import is_size, read_from_inputs
 
 CAPTURE_LOCK = threading.RLock()
 """`torch.export` is not thread-safe: captures and compilations happen under this lock."""
@@ -33,6 +36,8 @@ class Captured:
 
     graph: fx.GraphModule
     out_spec: pytree.TreeSpec
+    sizes: Sizes | None = None
+    """Which sizes of inputs the graph serves; None: those of the call that was captured."""
     is_tuple: bool = field(init=False)
     """True where the model returns a plain tuple of leaves."""
     is_leaf: bool = field(init=False)
@@ -71,10 +76,23 @@ class _Original(torch.nn.Module):
         return self.of_tensors(self.model, list(tensors.values()))
 
 
+class _ByPosition(_Original):
+    """The same, as torch.export wants it where sizes are symbols."""
+
+    def forward(self, *tensors: torch.Tensor) -> Any:  # type: ignore[override]
+        return self.of_tensors(self.model, list(tensors))
+
+
 def capture(
-    module: torch.nn.Module, call: Call, reader: CallReader, model_class: type[torch.nn.Module] | None = None
+    module: torch.nn.Module,
+    call: Call,
+    reader: CallReader,
+    model_class: type[torch.nn.Module] | None = None,
+    *,
+    dynamic: bool = False,
 ) -> Captured:
     """Capture `module` for calls like this one (see `Captured`). `model_class` is the class whose forward is meant.
+    With `dynamic` the batch and the sizes of feature maps are symbols (see `sizes`).
 
     `torch.export` in its non-strict form. Where the model writes in place, an empty decomposition table makes the graph
     functional and keeps linear, conv, norms and attention whole; where it does not, the graph is functional as it is,
@@ -100,7 +118,10 @@ def capture(
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         try:
-            program = torch.export.export(_Original(module, forward), (), named, strict=False)
+            if dynamic:
+                program = _export_for_sizes(_ByPosition(module, forward), named)
+            else:
+                program = torch.export.export(_Original(module, forward), (), named, strict=False)
             if left:
                 place = ".".join(part for part in left[0].split(".") if not part.isdigit())  # a list may grow
                 reason = f"{model_class.__name__} leaves a tensor in its argument ({place}), which a graph would not"
@@ -126,11 +147,17 @@ def capture(
             ) from error
     assert isinstance(graph_module, fx.GraphModule)
     out_spec = graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-    flat = _flatten_border(graph_module, len(call.tensors))
+    flat = _flatten_border(graph_module, list(named))
     hold_own_weights(flat, module)
     let_go_of_weights(flat)
     _refuse_sizes_by_value(flat.graph, model_class.__name__)
-    return Captured(flat, out_spec)
+    return Captured(flat, out_spec, Sizes.of(flat.graph) if dynamic else None)
+
+
+def _export_for_sizes(module: _ByPosition, named: Mapping[str, torch.Tensor]) -> torch.export.ExportedProgram:
+    """Export with symbols for sizes; inputs have the names that they have elsewhere."""
+    free = [dict.fromkeys(free_axes(tensor), torch.export.Dim.AUTO) or None for tensor in named.values()]
+    return torch.export.export(module, tuple(named.values()), strict=False, dynamic_shapes={"tensors": tuple(free)})
 
 
 def refuse_layerwise_offload(module: torch.nn.Module, device: torch.device | None = None) -> None:
@@ -186,6 +213,7 @@ def _is_functional(graph: fx.Graph) -> bool:
             return False  # a region of its own, as for autocast: decomposing inlines it
     return all(
         node.target is operator.getitem
+        or is_size(node)
         or (isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable)
         for node in graph.nodes
         if node.op == "call_function"
@@ -196,7 +224,7 @@ def _refuse_sizes_by_value(graph: fx.Graph, model: str) -> None:
     """Raise a CaptureError where a tensor is as long as values say: nothing of it could be planned, kept or counted."""
     for node in graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and not all(type(size) is int for size in value.shape):
+        if depends_on_values(value):
             raise CaptureError(
                 f"{model} computes with tensors whose sizes depend on the values of its inputs ({node.name}, of shape "
                 f"{tuple(map(str, value.shape))}): one graph cannot stand for its calls"
@@ -207,7 +235,7 @@ def _shapes(call: Call) -> str:
     return ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}".replace("torch.", "") for t in call.tensors)
 
 
-def _flatten_border(module: fx.GraphModule, count: int) -> fx.GraphModule:
+def _flatten_border(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
     """Plain positional placeholders for the tensors alone, a flat tuple as output, short parameter names."""
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
@@ -216,7 +244,12 @@ def _flatten_border(module: fx.GraphModule, count: int) -> fx.GraphModule:
             assert not node.users, f"non-tensor input {node.name} is used"
             graph.erase_node(node)
     placeholders = graph.find_nodes(op="placeholder")
-    assert len(placeholders) == count, f"{count} tensors went in, {len(placeholders)} placeholders came out"
+    assert len(placeholders) == len(names), f"{len(names)} tensors went in, {len(placeholders)} placeholders came out"
+    for node, name in zip(placeholders, names, strict=True):
+        node.target = name
+    if any(map(is_size, graph.nodes)):
+        read_from_inputs(graph)
+        eliminate_dead_code(graph)  # and with it what asserts sizes, which the caller guards
     flat = fx.GraphModule(module, graph)  # shares every parameter
     flat.eval()
     return flat

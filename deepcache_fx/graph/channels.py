@@ -17,6 +17,7 @@ from torch import fx
 
 from passes.shared.match import is_view, tensor
 from passes.shared.operators import argument, is_pointwise
+from passes.shared.sizes import hint
 
 Role = Literal["channels", "positions"]
 
@@ -142,7 +143,7 @@ def _rearranged(node: fx.Node, trace: torch.Tensor) -> Trace | None:
         if source is node.all_input_nodes[0]:
             return trace
         found = source.meta["val"]
-        return found if isinstance(found, (torch.Tensor, int)) else found.node.hint
+        return found if isinstance(found, torch.Tensor) else hint(found)
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     target: Any = node.target if _name(node) != "_unsafe_view" else torch.ops.aten.reshape.default
@@ -227,7 +228,7 @@ def _is_weight(node: fx.Node | None) -> bool:
 
 def _sizes(shape: Iterable[Any]) -> list[int]:
     """Sizes that are not fixed count as in the example they were captured with."""
-    return [size if isinstance(size, int) else size.node.hint for size in shape]
+    return list(map(hint, shape))
 
 
 def _name(node: fx.Node) -> str:

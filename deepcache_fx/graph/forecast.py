@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from passes.shared.rewrite import add_call
+from passes.shared.sizes import symbols
 
 aten = torch.ops.aten
 
@@ -88,6 +89,9 @@ def _add_weighted(total: fx.Node | None, value: fx.Node, weight: fx.Node, before
     value = _cast(value, wide, before)
     if total is None:
         return add_call(aten.mul.Tensor, (value, weight), before=before, like=value)
+    if symbols(value.meta["val"]):  # of which PyTorch cannot tell what addcmul with a scalar makes
+        term = add_call(aten.mul.Tensor, (value, weight), before=before, like=value)
+        return add_call(aten.add.Tensor, (total, term), before=before, like=value)
     return add_call(aten.addcmul.default, (total, value, weight), before=before, like=value)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
+
+from passes.shared.sizes import hint
 
 aten = torch.ops.aten
 
@@ -37,11 +40,8 @@ class Macs:
         return Macs(self.dense + other.dense, self.attention + other.attention)
 
 
-def _shape(argument: object) -> torch.Size:
-    assert isinstance(argument, fx.Node)
-    shape = argument.meta["val"].shape
-    assert isinstance(shape, torch.Size)
-    return shape
+Size = Callable[[Any], int]
+"""What a size counts as: see `hint`."""
 
 
 def _product(node: fx.Node, macs: int, first: int = 0) -> Macs:
@@ -58,36 +58,41 @@ def _product(node: fx.Node, macs: int, first: int = 0) -> Macs:
     return Macs(attention=macs)
 
 
-def node_macs(node: fx.Node) -> Macs:
-    """MACs of one node; zero for everything that is no contraction."""
+def node_macs(node: fx.Node, size: Size = hint) -> Macs:
+    """MACs of one node; zero for everything that is no contraction. `size` says what sizes that are no numbers are."""
     if node.op != "call_function":
         return Macs()
+
+    def shape(argument: object) -> torch.Size:
+        assert isinstance(argument, fx.Node)
+        return torch.Size(map(size, argument.meta["val"].shape))
+
     target = node.target
     if target is aten.linear.default:
-        return Macs(dense=node.meta["val"].numel() * _shape(node.args[1])[-1])
+        return Macs(dense=shape(node).numel() * shape(node.args[1])[-1])
     packet = getattr(target, "overloadpacket", None)
     if packet in (aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution):
         transposed = packet is aten.convolution and node.args[6]
-        weight = _shape(node.args[1])
-        output = _shape(node.args[0]) if transposed else node.meta["val"].shape
+        weight = shape(node.args[1])
+        output = shape(node.args[0]) if transposed else shape(node)
         return Macs(dense=output.numel() * weight[1:].numel())
     if packet in (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d):
-        return Macs(dense=_shape(node.args[0]).numel() * _shape(node.args[1])[1:].numel())
+        return Macs(dense=shape(node.args[0]).numel() * shape(node.args[1])[1:].numel())
     if packet in (aten.matmul, aten.mm, aten.bmm, aten._int_mm):
-        return _product(node, node.meta["val"].numel() * _shape(node.args[0])[-1])
+        return _product(node, shape(node).numel() * shape(node.args[0])[-1])
     if packet in (aten.addmm, aten.baddbmm):
-        return _product(node, node.meta["val"].numel() * _shape(node.args[1])[-1], first=1)
+        return _product(node, shape(node).numel() * shape(node.args[1])[-1], first=1)
     if packet in (aten.einsum, aten.tensordot, aten.inner):  # an export keeps them whole; they run as matrix products
-        tensors = fx.map_arg(node.args, lambda argument: torch.empty(_shape(argument), device="meta"))
+        tensors = fx.map_arg(node.args, lambda argument: torch.empty(shape(argument), device="meta"))
         with FlopCounterMode(display=False) as counter:
             target(*tensors)  # type: ignore[operator]
         return _product(node, counter.get_total_flops() // 2)
     if packet in _ATTENTION:
-        query, key, value = (_shape(a) for a in node.args[:3])
+        query, key, value = map(shape, node.args[:3])
         return Macs(attention=query[:-1].numel() * key[-2] * (query[-1] + value[-1]))
     return Macs()
 
 
-def total_macs(nodes: Iterable[fx.Node]) -> Macs:
+def total_macs(nodes: Iterable[fx.Node], size: Size = hint) -> Macs:
     """The sum over nodes."""
-    return sum((node_macs(node) for node in nodes), Macs())
+    return sum((node_macs(node, size) for node in nodes), Macs())

@@ -52,14 +52,14 @@ def check_disabled(options: Options) -> None:
 
 
 def apply_passes(captured: Captured, options: Options) -> tuple[Captured, tuple[PassRecord, ...]]:
-    """Run the default passes that are not disabled, then the user's, on what was captured.
+    """Run the default passes that are not disabled, then those of the user's that come before the split.
 
     Raises:
         DeepCacheError: a pass failed (named), or `disable` names no default pass.
     """
     check_disabled(options)
     first = [item for item in DEFAULT_PASSES if options.uses(pass_name(item))]
-    own = [item for item in options.passes if not isinstance(item, Only)]
+    own = [item for item in options.passes if not _comes_after_split(item)]
     try:
         graph, records = run_passes(captured.graph, (*first, *own))
     except PassError as error:
@@ -67,8 +67,21 @@ def apply_passes(captured: Captured, options: Options) -> tuple[Captured, tuple[
     return captured.with_graph(graph), records
 
 
+def _comes_after_split(item: Pass) -> bool:
+    """True for a pass for one variant alone, and for one that says `after_split = True`.
+
+    The split takes apart the plain operators around a concatenation; what such a pass had fused it would leave whole,
+    and the shallow steps would compute the cached half again.
+    """
+    return isinstance(item, Only) or getattr(item, "after_split", False) is True
+
+
+def _is_for(item: Pass, kind: str) -> bool:
+    return item.variant == kind if isinstance(item, Only) else _comes_after_split(item)
+
+
 def finish(variants: Variants, options: Options) -> tuple[Variants, tuple[PassRecord, ...]]:
-    """Run the user's passes for one variant alone, and the last default ones, on each variant's step.
+    """Run the user's passes that come after the split, and the last default ones, on each variant's step.
 
     Raises:
         DeepCacheError: a pass failed (named).
@@ -77,7 +90,7 @@ def finish(variants: Variants, options: Options) -> tuple[Variants, tuple[PassRe
     records: list[PassRecord] = []
     for name, variant in variants.named().items():
         kind = "full" if name == "full" else "shallow"
-        own = [item.item for item in options.passes if isinstance(item, Only) and item.variant == kind]
+        own = [item.item if isinstance(item, Only) else item for item in options.passes if _is_for(item, kind)]
         steps[name], more = run_on_step(name, variant.step, (*own, *post_split_passes(options)))
         records += more
     return variants.with_steps(steps), tuple(records)

@@ -16,6 +16,7 @@ from deepcache_fx.graph.macs import total_macs
 from deepcache_fx.schedules.branch import Branch
 from passes.shared.match import ancestors, is_op, tensor
 from passes.shared.operators import argument
+from passes.shared.sizes import hint
 
 aten = torch.ops.aten
 
@@ -139,7 +140,7 @@ def _block_key(cats: list[fx.Node]) -> Callable[[tuple[fx.Node, fx.Node]], objec
     owners = {_owner(cat) for cat in cats}
     if len(owners) > 1:
         return lambda found: _owner(found[0])
-    return lambda found: tuple(found[0].meta["val"].shape[2:])
+    return lambda found: tuple(map(hint, found[0].meta["val"].shape[2:]))
 
 
 def _owner(node: fx.Node) -> str:

@@ -28,12 +28,19 @@ from torch import fx
 
 from deepcache_fx.graph.capture import Captured
 from deepcache_fx.graph.forecast import combine_refreshes
-from deepcache_fx.graph.macs import Macs, total_macs
+from deepcache_fx.graph.macs import Macs, Size, total_macs
 from deepcache_fx.graph.skips import SkipConnection
 from passes import SplitOverCat
 from passes.rates import also_return, extract, partition
 from passes.shared.match import ancestors, eliminate_dead_code
-from passes.shared.rewrite import copied_graph
+from passes.shared.operators import count
+from passes.shared.rewrite import add_call, copied_graph, propagate, strides_matter
+from passes.shared.sizes import hint
+
+aten = torch.ops.aten
+
+CHANNELS_LAST = ("cuda",)
+"""Where cached feature maps take the layout of channels-last convolutions."""
 
 RATES = ("refresh_rate", "prompt_rate")
 """What can be separated beside the deep operand itself; `optimize(..., disable=)` takes these names, too."""
@@ -112,16 +119,42 @@ class Variants:
     def with_steps(self, steps: Mapping[str, fx.GraphModule]) -> Variants:
         """The same with other graphs for the steps of the `named` variants."""
         full, *shallow = (
-            replace(variant, step=steps[name], macs=total_macs(steps[name].graph.nodes))
+            variant
+            if steps[name] is variant.step
+            else replace(variant, step=steps[name], macs=total_macs(steps[name].graph.nodes))
             for name, variant in self.named().items()
         )
         cuts = tuple(replace(cut, shallow=variant) for cut, variant in zip(self.cuts, shallow, strict=True))
         return replace(self, full=full, cuts=cuts)
 
+    def at(self, size: Size, whole: fx.Graph) -> Variants:
+        """The same graphs, counted for other sizes. `whole` is the graph that was split."""
 
-def plain_cost(graph: fx.Graph, deep: fx.Node) -> Cost:
+        def counted(variant: Variant) -> Variant:
+            before = total_macs(variant.prompt.graph.nodes, size) if variant.prompt is not None else Macs()
+            return replace(variant, macs=total_macs(variant.step.graph.nodes, size), prompt_macs=before)
+
+        cuts = tuple(
+            replace(
+                cut,
+                shallow=counted(cut.shallow),
+                cache=tuple(sized(value, size) for value in cut.cache),
+                plain=plain_cost(whole, cut.branch.deep, size),
+            )
+            for cut in self.cuts
+        )
+        return replace(self, full=counted(self.full), cuts=cuts)
+
+
+def sized(value: torch.Tensor, size: Size) -> torch.Tensor:
+    """A tensor without values, of numbers for its sizes."""
+    shape, strides = list(map(size, value.shape)), list(map(size, value.stride()))
+    return torch.empty_strided(shape, strides, dtype=value.dtype, device="meta")
+
+
+def plain_cost(graph: fx.Graph, deep: fx.Node, size: Size = hint) -> Cost:
     """What a shallow step costs where the deep operand is cached as it is. Walks the graph, copies nothing."""
-    return Cost(total_macs(ancestors([graph.output_node()], given=[deep])), _bytes(deep.meta["val"]))
+    return Cost(total_macs(ancestors([graph.output_node()], given=[deep]), size), _bytes(sized(deep.meta["val"], size)))
 
 
 def split(
@@ -147,8 +180,8 @@ def split(
     graph, nodes = _copy(captured.graph)
     kept = _to_keep(graph, [nodes[branch.cat] for branch in branches], branches, "refresh_rate" in rates)
     full = also_return(graph, chain.from_iterable(kept))
-    count = len(whole.output_node().args[0])  # type: ignore[arg-type]
-    caches = _caches(full, count, kept)
+    outputs = len(whole.output_node().args[0])  # type: ignore[arg-type]
+    caches = _caches(full, outputs, kept)
     chosen = prompt_inputs if "prompt_rate" in rates else ()
     cuts = []
     for number, branch in enumerate(branches):
@@ -161,7 +194,7 @@ def split(
             shallow = combine_refreshes(shallow, cached, forecast)
         plain = plain_cost(whole, branch.deep)
         cuts.append(Cut(branch, in_stages(shallow, chosen), caches[number], plain, refreshed))
-    return Variants(in_stages(full, chosen), tuple(cuts), count)
+    return Variants(in_stages(full, chosen), tuple(cuts), outputs)
 
 
 def _to_keep(
@@ -178,7 +211,43 @@ def _to_keep(
         deep.insert(0, node)
         if at_refresh_rate:
             SplitOverCat(cat.name, alone=branch.operand)(graph)
-    return [partition(graph.graph, {node}).kept if at_refresh_rate else [node] for node in deep]
+    kept: list[Sequence[fx.Node]] = [
+        partition(graph.graph, {node}).kept if at_refresh_rate else [node] for node in deep
+    ]
+    return _channels_last(graph, kept) if _has_channels_last_weights(graph) else kept
+
+
+def _has_channels_last_weights(graph: fx.GraphModule) -> bool:
+    """True where convolutions were laid out for a device that wants them so (see `execution.memory_format`)."""
+    return any(_is_channels_last(weight) for weight in graph.parameters() if weight.device.type in CHANNELS_LAST)
+
+
+def _is_channels_last(value: torch.Tensor) -> bool:
+    dense = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return dense and not value.is_contiguous()
+
+
+def _channels_last(graph: fx.GraphModule, kept: Sequence[Sequence[fx.Node]]) -> list[Sequence[fx.Node]]:
+    """Keep contiguous feature maps in the layout of those around them, else every shallow step transposes some.
+
+    What a `view` would read in another layout stays as it is.
+    """
+    instead: dict[fx.Node, fx.Node] = {}
+    for node in dict.fromkeys(chain.from_iterable(kept)):
+        val = node.meta["val"]
+        contiguous = val.ndim == 4 and val.is_contiguous() and not val.is_contiguous(memory_format=torch.channels_last)
+        if node.op != "call_function" or not contiguous:
+            continue
+        options = {"memory_format": torch.channels_last}
+        clone = add_call(aten.clone.default, (node,), options, before=node.next, like=node)
+        if strides_matter(node, clone.meta["val"]):
+            graph.graph.erase_node(clone)
+            continue
+        instead[node] = clone
+        for user in [user for user in node.users if user is not clone]:
+            user.replace_input_with(node, clone)
+        propagate(graph.graph, [clone])
+    return [[instead.get(node, node) for node in nodes] for nodes in kept]
 
 
 def _caches(full: fx.GraphModule, outputs: int, kept: Sequence[Sequence[fx.Node]]) -> list[tuple[torch.Tensor, ...]]:
@@ -231,7 +300,7 @@ def in_stages(step: fx.GraphModule, prompt_inputs: Collection[int]) -> Variant:
 
 
 def _bytes(value: torch.Tensor) -> int:
-    return value.numel() * value.element_size()
+    return count(value) * value.element_size()
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:

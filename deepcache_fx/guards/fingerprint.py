@@ -92,17 +92,6 @@ class Settings:
 _numbers = count()
 
 
-def fingerprint(module: torch.nn.Module) -> Hashable:
-    """Equal for equal structure, settings and kinds of weights, whatever values those have and which objects they are.
-
-    Seen: submodules added, replaced or removed, weights of another kind, weights that share one tensor where they did
-    not or the reverse, and every plain value in an instance attribute: training mode, LoRA scales and active adapters,
-    IP-Adapter scale, attention processors, FreeU factors. So is what functions held there have in their closures and
-    defaults, and what classes hold that are no library's.
-    """
-    return _read(module).settings.structure
-
-
 class Fingerprint:
     """A model's fingerprint, kept: while all that was read is still the same, it is not read again.
 
@@ -133,7 +122,13 @@ class Fingerprint:
         return [*known.settings_read.objects, *known.layers_read.objects] if known is not None else []
 
     def read(self, module: torch.nn.Module) -> Settings:
-        """The settings as of now."""
+        """The settings as of now: equal structure whatever values the weights have and which objects they are.
+
+        Seen: submodules added, replaced or removed, weights of another kind, weights that share one tensor where they
+        did not or the reverse, and every plain value in an instance attribute: training mode, LoRA scales and active
+        adapters, IP-Adapter scale, attention processors, FreeU factors. So is what functions held there have in their
+        closures and defaults, and what classes hold that are no library's.
+        """
         before, now = self.last, _read(module)
         if before is not None and now.settings.structure == before.settings.structure:
             structure = before.settings.structure  # the same object: then every look-up is quick

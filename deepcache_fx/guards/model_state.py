@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from deepcache_fx.execution import memory_format
 from deepcache_fx.execution.compile import copies_weights, freezes, pick_backend
+from deepcache_fx.execution.cuda_graphs import RECORDERS
 from deepcache_fx.graph.capture import CAPTURE_LOCK
 from deepcache_fx.graph.weights import Stamp, stamps
 from deepcache_fx.guards.fingerprint import Fingerprint, Settings, Structure
+from deepcache_fx.guards.numerics import switches
 from deepcache_fx.guards.side_effects import SideEffects, Watched
 from deepcache_fx.options import Options
 
@@ -26,6 +28,7 @@ class ModelState:
         self._effects = SideEffects()
         self._copied = self._frozen = False
         self._values: list[Stamp] = []
+        self._last_extended: tuple[Settings, tuple[Hashable, ...], Settings] | None = None
 
     def settings(self, module: torch.nn.Module, device: torch.device, *, at_run_start: bool) -> Settings:
         """What a graph of the module bakes in, the strides of its weights among it: those are made to be fast first.
@@ -38,7 +41,21 @@ class ModelState:
         else:
             settings = self._settings(module, device, at_run_start)
         doubts = self._effects.doubts
-        return settings if not doubts else Settings((settings.structure, doubts), settings.weights)
+        frozen = switches() if self._freezes_switches(device) else None
+        return settings if not doubts and frozen is None else self._extended(settings, (doubts, frozen))
+
+    def _freezes_switches(self, device: torch.device) -> bool:
+        """True where programs go on computing as PyTorch's switches were set when they were made."""
+        if pick_backend(self._options, device) in ("eager", "openvino"):
+            return device.type in RECORDERS and self._options.cuda_graphs is True
+        return True
+
+    def _extended(self, settings: Settings, also: tuple[Hashable, ...]) -> Settings:
+        """The settings and something more; the same object for the same."""
+        known = self._last_extended
+        if known is None or known[0] is not settings or known[1] != also:
+            known = self._last_extended = settings, also, Settings((settings.structure, also), settings.weights)
+        return known[2]
 
     def _settings(self, module: torch.nn.Module, device: torch.device, at_run_start: bool) -> Settings:
         if at_run_start:
@@ -101,5 +118,6 @@ class ModelState:
 
     def restore(self) -> None:
         """Give the model's weights the strides that they had, whatever their values are by now."""
-        self._format.undo()
+        with CAPTURE_LOCK:  # a recording under way reads them where they are
+            self._format.undo()
         self._fingerprint.expire()  # else what another model's programs keep as it is would count as ours

@@ -159,7 +159,8 @@ class IdentitySnapshot:
                 and [*chain.from_iterable(found)] == self._names
                 and all(map(eq, map(_kind, self._weights), self._kinds))
                 and all(map(eq, map(torch.Tensor.stride, self._weights), self._strides))
-                and self._are_contents_same()
+                and all(getattr(owner, name, None) is value for owner, name, value in self._inner)
+                and self.holds_settings()
             )
         except RuntimeError:  # a dictionary changed its size: another thread is at it
             return False
@@ -178,32 +179,10 @@ class IdentitySnapshot:
                 and all(map(is_, chain.from_iterable(self._containers), self._items))
                 and not any(self._empty)
                 and [*map(_version, self._tensors)] == self._versions
-                and (not self._sets or self._are_sets_same())
+                and all(value == items for value, items in self._sets)
                 and all(map(is_, map(_content, self._cells), self._held))
                 and all(map(is_, chain.from_iterable(map(_defaults, self._functions)), self._defaults))
-                and (not self._empty_cells or self._are_still_empty())
+                and all(_contents(cell) is _EMPTY for cell in self._empty_cells)
             )
         except (RuntimeError, TypeError, ValueError):  # a dictionary is changing its size; arrays compare as arrays
             return False
-
-    def _are_contents_same(self) -> bool:
-        return (
-            [*map(len, self._containers)] == self._lengths
-            and all(map(is_, chain.from_iterable(self._containers), self._items))
-            and not any(self._empty)
-            and self._are_sets_same()
-            and [*map(_version, self._tensors)] == self._versions
-            and self._are_functions_same()
-            and all(getattr(owner, name, None) is value for owner, name, value in self._inner)
-        )
-
-    def _are_functions_same(self) -> bool:
-        defaults = chain.from_iterable(map(_defaults, self._functions))
-        held = map(_contents, self._cells)
-        return all(map(is_, held, self._held)) and all(map(is_, defaults, self._defaults)) and self._are_still_empty()
-
-    def _are_still_empty(self) -> bool:
-        return all(_contents(cell) is _EMPTY for cell in self._empty_cells)
-
-    def _are_sets_same(self) -> bool:
-        return all(value == items for value, items in self._sets)

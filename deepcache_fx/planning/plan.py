@@ -55,7 +55,7 @@ class BranchPlan:
             DeepCacheError: the interval is less than 1.
         """
         _check_interval(interval)
-        return interval * self.full.total / (self.full.total + (interval - 1) * self.shallow.total)
+        return bound(self.full.total, self.shallow.total, interval)
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,11 @@ def _check_interval(interval: int) -> int:
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise OptionError(f"an interval must be an integer of at least 1, got {interval!r}")
     return interval
+
+
+def bound(full: int, shallow: int, interval: int) -> float:
+    """The most that a 1:interval schedule speeds up the UNet, were time proportional to MACs."""
+    return interval * full / (full + (interval - 1) * shallow)
 
 
 def giga(macs: int) -> str:

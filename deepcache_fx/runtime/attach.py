@@ -130,12 +130,23 @@ def detach(module: torch.nn.Module) -> None:
     """Undo `attach`, exactly. Does nothing where nothing is attached."""
     if attached_to(module) is None:
         return
-    cls = original_class(module)
+    cls, ours = original_class(module), type(module)
     module.__class__ = cls
+    delattr(ours, MARK)  # a class outlives its last instance until garbage is collected: what it answers with need not
+    del ours.forward
     if _is_ours(module.__dict__.get("_old_forward")):
         module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
     if _is_ours(module.__dict__.get("forward")):
         del module.__dict__["forward"]
+
+
+def pause(module: torch.nn.Module) -> Runtime | None:
+    """Detach the runtime, which keeps all it has made, and the layout of the weights, to be brought back."""
+    runtime = runtime_of(module)
+    if runtime is not None:
+        runtime.stop_following()
+        detach(module)
+    return runtime
 
 
 def bring_back(module: torch.nn.Module, runtime: Runtime) -> None:

@@ -14,7 +14,7 @@ from typing import Protocol, Self, TypeVar
 import torch
 from torch import fx
 
-from deepcache_fx.graph.capture import CAPTURE_LOCK
+from deepcache_fx.graph.capture import CAPTURE_LOCK, Captured
 from deepcache_fx.graph.signature import Call
 from deepcache_fx.graph.weights import Binding
 from deepcache_fx.guards.fingerprint import Settings
@@ -28,6 +28,7 @@ class Bindable(Protocol):
     binding: Binding | None
     weights: int
     source: str | None
+    captured: Captured
 
     def graphs(self) -> list[fx.GraphModule]:
         """All that hold weights."""
@@ -37,6 +38,9 @@ class Bindable(Protocol):
 
     def renewed(self, others: Collection[torch.Tensor]) -> Self:
         """The entry over other weights, which the graphs hold already."""
+
+    def at(self, call: Call) -> Self | None:
+        """The entry of the same capture for a call of other sizes; None where the capture does not serve those."""
 
     def release(self) -> None:
         """Give recorded graphs back."""
@@ -57,8 +61,8 @@ class Captures(OrderedDict[Hashable, E]):
         self._limit = limit
         self.made = 0
         """How many there have been."""
-        self.loaded = 0
-        """How many of them another process had made."""
+        self.captured = 0
+        """How many of them were captured; others were loaded, or are of a capture that serves many sizes."""
         self.rebound = 0
         """How often entries were bound to other weights."""
 
@@ -93,12 +97,14 @@ class Captures(OrderedDict[Hashable, E]):
                     key = (settings.structure, call.key)
                     entry = self.get(key)  # another thread may have been first
                     if entry is None:
-                        entry = make(module, call)
+                        entry = self._of_other_sizes(settings, call)
+                        if entry is None:
+                            entry = make(module, call)
+                            self.captured += entry.source is None
                         entry.binding = Binding(entry.graphs(), model_state.weights())
                         entry.weights = settings.weights
                         self[key] = entry
                         self.made += 1
-                        self.loaded += entry.source is not None
                         while len(self) > self._limit:
                             dropped.append(self.popitem(last=False)[1])
                     model_state.note_values()
@@ -110,6 +116,26 @@ class Captures(OrderedDict[Hashable, E]):
                 if key in self:
                     self.move_to_end(key)
         return settings, entry
+
+    def give_up(self, key: Hashable) -> None:
+        """Let go of one, if it is there."""
+        with CAPTURE_LOCK:
+            old = self.pop(key, None)
+        if old is not None:
+            old.release()
+
+    def release(self) -> None:
+        """Let go of all of them, and give back what they hold on the device."""
+        with CAPTURE_LOCK:
+            dropped = list(self.values())
+            self.clear()
+        for old in dropped:  # not under the lock, as above
+            old.release()
+
+    def _of_other_sizes(self, settings: Settings, call: Call) -> E | None:
+        """The entry of a capture that is here, and serves the sizes of this call as well."""
+        others = [other for key, other in self.items() if isinstance(key, tuple) and key[0] == settings.structure]
+        return next((found for other in reversed(others) if (found := other.at(call)) is not None), None)
 
 
 def _bind_all(
@@ -127,6 +153,7 @@ def _bind_all(
     weights = model_state.weights()
     live = set(map(id, weights))
     is_rebound = False
+    renewed_captures: set[int] = set()
     for key, entry in list(entries.items()):
         assert isinstance(key, tuple)
         assert entry.binding is not None
@@ -139,6 +166,10 @@ def _bind_all(
         others = entry.binding.replaced(weights)
         if others or entry.copies_weights():
             dropped.append(entry)
+            if id(entry.captured) in renewed_captures:  # of that one it is made again when it is asked for
+                del entries[key]
+                continue
+            renewed_captures.add(id(entry.captured))
             try:
                 entry.binding.bind(weights)
                 entries[key] = renewed = entry.renewed(others.values())

@@ -59,6 +59,11 @@ def order_with_noise(options: Options, before: ForecastOrder) -> ForecastOrder:
     return before if options.forecast != "auto" else ForecastOrder(0, "the scheduler draws noise")
 
 
+def order_without_forecast(options: Options, before: ForecastOrder) -> ForecastOrder:
+    """What it takes where the caller says that its features make no line."""
+    return before if options.forecast != "auto" else ForecastOrder(0, "the caller says not to forecast")
+
+
 def has_uneven_steps(scheduler: Any) -> bool:
     """True where a scheduler's steps are of very different lengths: by its configuration, else by its timesteps."""
     config = getattr(scheduler, "config", None) or {}

@@ -198,6 +198,10 @@ class Report:
     """The ControlNets of the pipelines that were optimised."""
     rebound: int = 0
     """How often what was captured went on with other weights, without a capture."""
+    sizes: tuple[str, ...] = ()
+    """What became of `dynamic`: which sizes one capture serves, or why each is captured by itself."""
+    preset: str | None = None
+    """What `optimize(preset=)` chose, and where it comes from; None where none was given."""
 
     @property
     def capture_seconds(self) -> float:
@@ -257,6 +261,8 @@ class Report:
             f"  {calls} calls: {self.full_calls} full, {self.shallow_calls} shallow; "
             f"{self.original_calls} more uncached",
         ]
+        if self.preset is not None:
+            lines.append(f"  preset: {self.preset}")
         if calls and not self.engaged:
             lines.append("  the shallow variant never ran: nothing was saved")
         if self.last_run:
@@ -265,6 +271,7 @@ class Report:
             lines += [f"  {title}: {count} x {reason}" for reason, count in reasons.items()]
         if self.rebound:
             lines.append(f"  other weights {self.rebound} times, without a capture")
+        lines += [f"  {line}" for line in self.sizes]
         if self.timestep_syncs:
             lines.append(
                 f"  timestep read back from the device {self.timestep_syncs} times: pass the pipeline to optimize"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from deepcache_fx.errors import DeepCacheError, ScheduleError, Uncapturable
+from deepcache_fx.errors import CompileError, DeepCacheError, ScheduleError, Uncapturable
 from deepcache_fx.execution.assemble import Entry, assemble
 from deepcache_fx.execution.compile import name_of, pick_backend
 from deepcache_fx.execution.cuda_graphs import Recorder
@@ -26,9 +26,16 @@ from deepcache_fx.guards.model_state import ModelState
 from deepcache_fx.options import Options
 from deepcache_fx.runtime.captures import Captures
 from deepcache_fx.runtime.decision import StepDecision, decide
-from deepcache_fx.runtime.forecast_order import LISTENING_STEPS, ForecastOrder, order_of, order_with_noise
+from deepcache_fx.runtime.forecast_order import (
+    LISTENING_STEPS,
+    ForecastOrder,
+    order_of,
+    order_with_noise,
+    order_without_forecast,
+)
 from deepcache_fx.runtime.pairing import Expectation, PrecomputedInputs, UpcomingCall, pair
 from deepcache_fx.runtime.report import CaptureReport, ControlNetReport, Counts, CutReport, Report
+from deepcache_fx.runtime.sizes_met import SizesMet
 from deepcache_fx.runtime.slots import NO_FEATURE, Slot, Slots
 from deepcache_fx.runtime.steps import StepInfo, StepTracker, position_of, value_position
 from deepcache_fx.schedules.branch import Branch
@@ -43,6 +50,10 @@ class Follower(Protocol):
     def pipeline(self) -> Any: ...
 
     def stop(self) -> None: ...
+
+    def undo_layout(self) -> None: ...
+
+    def release(self) -> None: ...
 
     def report(self) -> ControlNetReport | None: ...
 
@@ -148,21 +159,49 @@ class Runtime:
         self.counts = Counts()
         self.device: torch.device | None = None
         self.on_first_failure: Callable[[torch.nn.Module], object] = lambda module: None
+        self.kept_by = 0
+        """How many with blocks are going to bring this runtime back."""
         self._followers: list[Follower] = []
         self.model_state = ModelState(options)
         self._entries: Captures[Entry] = Captures(options.max_captures)
         self._failures: dict[Hashable, str] = {}
         """By settings and call, why there are no programs, where such calls run uncached."""
         self.recorders: dict[torch.device, Recorder] = {}
+        self.sizes_met = SizesMet(options)
         self.store: ProgramStore | None = None
         self._calls: dict[Hashable, Call] = {}
         """By key, without their arguments: what `made` tells of."""
         self._state = ThreadState()
 
     def adopt(self, before: Runtime) -> None:
-        """Take over the programs of a runtime whose options differ in the schedule alone."""
+        """Take over the programs of a runtime whose options differ in the schedule alone, and what cannot have any."""
         self._entries, self.recorders, self.model_state = before._entries, before.recorders, before.model_state
-        self.device, self._calls = before.device, before._calls
+        self.device, self.sizes_met, self._calls = before.device, before.sizes_met, before._calls
+        self.reader, self._failures = before.reader, before._failures
+
+    def shares_programs(self, other: Runtime) -> bool:
+        """True where either has adopted the other's programs."""
+        return self._entries is other._entries
+
+    def undo_layout(self) -> None:
+        """Give weights the strides that the model had them in."""
+        self.model_state.restore()
+        for follower in self._followers:
+            follower.undo_layout()
+
+    def release(self) -> None:
+        """Give all memory back: programs, recorded graphs and their buffers, cached features of every thread.
+
+        Should it be called again, it captures anew. Not to be called under `CAPTURE_LOCK`.
+        """
+        self._state = ThreadState()
+        self._entries.release()
+        for follower in self._followers:
+            follower.release()
+        self.model_state.restore()
+        for recorder in self.recorders.values():
+            with recorder.lock:
+                recorder.free()
 
     # What schedulers announce.
 
@@ -171,6 +210,7 @@ class Runtime:
         for known in self._followers:
             if known.pipeline() is None:
                 known.stop()
+                known.release()
         self._followers = [*self.followers(), follower]
         follower()
 
@@ -187,11 +227,14 @@ class Runtime:
         for follower in self._followers:
             follower.stop()
 
-    def run_announced(self, num_steps: int | None, *, by_caller: bool = False, are_uneven: bool = False) -> None:
+    def run_announced(
+        self, num_steps: int | None, *, by_caller: bool = False, are_uneven: bool = False, may_forecast: bool = True
+    ) -> None:
         """A scheduler, or the caller, begins a run. `are_uneven`: its steps are of very different lengths."""
         state = self._state
         state.tracker.run_announced(num_steps, by_caller=by_caller)
-        state.announced_order = order_of(self.options, None if by_caller else num_steps, are_uneven)
+        order = order_of(self.options, None if by_caller else num_steps, are_uneven)
+        state.announced_order = order if may_forecast else order_without_forecast(self.options, order)
         state.expected.begin()
         state.last_heard = next(_clock)
 
@@ -263,6 +306,16 @@ class Runtime:
             with torch.no_grad():
                 return self._step(state, module, call)
         except Uncapturable as error:
+            return self._original(str(error), module, args, kwargs)
+        except CompileError as error:
+            state.forget()
+            if self.options.on_failure == "raise":
+                if not self.counts.full:
+                    self.on_first_failure(module)
+                raise
+            structure = self.model_state.settings(module, call.sample.device, at_run_start=False).structure
+            self._entries.give_up((structure, call.key))
+            self._note_failure((structure, call.key), error)
             return self._original(str(error), module, args, kwargs)
         except BaseException:
             state.forget()
@@ -429,11 +482,16 @@ class Runtime:
             raise
         except DeepCacheError as error:
             if self.options.on_failure == "raise":
+                if not self._entries.made:
+                    self.on_first_failure(module)
                 raise
-            if len(self._failures) >= _FAILURES_KEPT:
-                self._failures.clear()
-            self._failures[settings.structure, call.key] = str(error)
+            self._note_failure((settings.structure, call.key), error)
             raise Uncapturable(str(error)) from error
+
+    def _note_failure(self, key: Hashable, error: DeepCacheError) -> None:
+        if len(self._failures) >= _FAILURES_KEPT:
+            self._failures.clear()
+        self._failures[key] = str(error)
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
@@ -441,46 +499,73 @@ class Runtime:
         self._calls[call.key] = replace(call, arguments={}, tensors=(), timestep=None, sample=empty)
         while len(self._calls) > _CALLS_KEPT:
             del self._calls[next(iter(self._calls))]
-        wanted = Wanted(module, self.model_class, call, self.options, self.model_state, self.recorders)
-        try:
-            refuse_layerwise_offload(module, call.sample.device)
-            found = self.store.find(wanted) if self.store is not None else None
-            if found is not None:
-                self.device = call.sample.device
-                found.seconds = time.perf_counter() - started
-                return found
-            with self.model_state.watching(module, call.objects()) as watched:
-                captured = capture(module, call, self.reader, self.model_class)
-                watched.captured(captured.graph)
-            entry = assemble(
-                captured,
-                call,
-                self.options,
-                name=self.model_class.__name__,
-                recorders=self.recorders,
-            )
-        except Uncapturable:
-            raise
-        except DeepCacheError:
-            if not self._entries.made and self.options.on_failure == "raise":
-                self.on_first_failure(module)
-            raise
+        refuse_layerwise_offload(module, call.sample.device)
+        entry = self._loaded(module, call)
+        if entry is None:
+            before = self.model_state.settings(module, call.sample.device, at_run_start=True)
+            entry = self._captured_for_sizes(module, call) or self._captured(module, call)
+            after = self.model_state.settings(module, call.sample.device, at_run_start=True)
+            if before.structure != after.structure:
+                entry.why_not_saved = "its first forward changed the model's settings, which programs would not"
         self.device = call.sample.device
         entry.seconds = time.perf_counter() - started
-        if self.store is not None:
-            self.store.add(wanted, entry)
+        if self.store is not None and entry.source is None:
+            self.store.add(self._wanted(module, call), entry)
         return entry
+
+    def _loaded(self, module: torch.nn.Module, call: Call) -> Entry | None:
+        if self.store is None:
+            return None
+        self.sizes_met.note(call)
+        return self.store.find(self._wanted(module, call))
+
+    def _wanted(self, module: torch.nn.Module, call: Call) -> Wanted:
+        return Wanted(module, self.model_class, call, self.options, self.model_state, self.recorders)
 
     def made(self, module: torch.nn.Module) -> list[tuple[Wanted, Entry]]:
         """What was made or loaded and is still there, under the settings that the model has now."""
         found = []
-        for (structure, key), entry in list(self._entries.items()):  # type: ignore[misc]
-            call = self._calls.get(key)
-            settings = call and self.model_state.settings(module, call.sample.device, at_run_start=True)
-            if call is not None and settings is not None and settings.structure == structure:
-                wanted = Wanted(module, self.model_class, call, self.options, self.model_state, self.recorders)
-                found.append((wanted, entry))
+        entries = dict(self._entries)
+        for call in list(self._calls.values()):
+            settings = self.model_state.settings(module, call.sample.device, at_run_start=True)
+            entry = entries.get((settings.structure, call.key))
+            if entry is not None:
+                found.append((self._wanted(module, call), entry))
         return found
+
+    def keep_programs(self, module: torch.nn.Module, store: ProgramStore | None) -> None:
+        """Load from this store and add to it from now on, beginning with what was made before; None: from none."""
+        self.store = store
+        if store is not None:
+            for wanted, entry in self.made(module):
+                store.add(wanted, entry)
+
+    def _captured_for_sizes(self, module: torch.nn.Module, call: Call) -> Entry | None:
+        """An entry whose capture serves many sizes; None where that is not wanted, or cannot be."""
+        if not self.sizes_met.want_symbols(call):
+            return None
+        try:
+            entry = self._captured(module, call, dynamic=True)
+        except Uncapturable:
+            raise
+        except Exception as error:  # of any kind: what a model asks of symbols may fail anywhere
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self.sizes_met.refuse(call, reason)
+            if self.options.dynamic is True:
+                warnings.warn(f"{self.model_class.__name__} is captured for each size: {reason}", stacklevel=2)
+            return None
+        if entry.many is None:
+            self.sizes_met.refuse(call, "the model takes no other sizes")
+        else:
+            self.sizes_met.captured(entry.many.sizes.describe())
+        return entry
+
+    def _captured(self, module: torch.nn.Module, call: Call, *, dynamic: bool = False) -> Entry:
+        with self.model_state.watching(module, call.objects()) as watched:
+            captured = capture(module, call, self.reader, self.model_class, dynamic=dynamic)
+            watched.captured(captured.graph)
+        name = self.model_class.__name__
+        return assemble(captured, call, self.options, name=name, recorders=self.recorders)
 
     def report(self) -> Report:
         """The totals so far, and the last run of the calling thread."""
@@ -521,7 +606,7 @@ class Runtime:
             model=self.model_class.__name__,
             schedule=str(self.options.schedule),
             backend=", ".join(backends),
-            captures=self._entries.made - self._entries.loaded,
+            captures=self._entries.captured,
             rebound=self._entries.rebound,
             full_calls=counts.full,
             shallow_calls=counts.shallow,
@@ -533,7 +618,9 @@ class Runtime:
             last_run="".join(self._state.trace),
             last_forecast=str(self._state.order) if self._state.trace else "",
             signatures=signatures,
+            sizes=self.sizes_met.lines(),
             companions=tuple(filter(None, (follower.report() for follower in self.followers()))),
+            preset=self.options.preset,
         )
 
 

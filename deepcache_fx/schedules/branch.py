@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deepcache_fx.errors import BranchError
+from deepcache_fx.files.reading import is_natural
 
 Branch = int | tuple[int, int]
 """A skip connection: its number counted from the output, or the published (block, layer)."""
@@ -16,13 +17,9 @@ def check_branch(branch: object) -> Branch:
     Raises:
         BranchError: it is no such name.
     """
-
-    def natural(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-    if isinstance(branch, int) and natural(branch):
+    if is_natural(branch):
         return branch
-    if isinstance(branch, Sequence) and len(branch) == 2 and all(map(natural, branch)):
+    if isinstance(branch, Sequence) and len(branch) == 2 and all(map(is_natural, branch)):
         return (branch[0], branch[1])
     raise BranchError(
         f"branch must be a number of at least 0 (0 is the shallowest skip connection) or (block, layer), got {branch!r}"

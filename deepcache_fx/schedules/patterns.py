@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deepcache_fx.errors import ScheduleError
+from deepcache_fx.files.reading import is_natural
 from deepcache_fx.schedules.branch import Branch, check_branch
 from deepcache_fx.schedules.schedule import Schedule
 
@@ -57,7 +58,7 @@ class Power(Schedule):
         _positive_int("interval", self.interval)
         if isinstance(self.power, bool) or not isinstance(self.power, (int, float)) or not 1 < self.power < 100:
             raise ScheduleError(f"power must be a number above 1 (published values: 1.2 to 1.5), got {self.power!r}")
-        if isinstance(self.center, bool) or not isinstance(self.center, int) or self.center < 0:
+        if not is_natural(self.center):
             raise ScheduleError(f"center must be a step number of at least 0, got {self.center!r}")
 
     def is_full(self, step: int, num_steps: int | None) -> bool:
@@ -98,7 +99,7 @@ class Steps(Schedule):
     def __init__(self, steps: Iterable[int]) -> None:
         values = tuple(steps)
         for value in values:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            if not is_natural(value):
                 raise ScheduleError(f"Steps takes step numbers of at least 0, got {value!r}")
         object.__setattr__(self, "steps", tuple(sorted({0, *values})))
 
@@ -122,7 +123,7 @@ class Window(Schedule):
     inner: Schedule = Uniform(3)
 
     def __post_init__(self) -> None:
-        if isinstance(self.start, bool) or not isinstance(self.start, int) or self.start < 0:
+        if not is_natural(self.start):
             raise ScheduleError(f"start must be a step number of at least 0, got {self.start!r}")
         if self.end is not None and (isinstance(self.end, bool) or not isinstance(self.end, int)):
             raise ScheduleError(f"end must be a step number, negative from the end, or None, got {self.end!r}")

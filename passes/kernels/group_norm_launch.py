@@ -59,6 +59,11 @@ def share(size: int, block: int, most: int) -> tuple[int, int]:
     return _ceil(blocks, steps), steps
 
 
+def reads_once(size: int, channels: int, num_groups: int) -> bool:
+    """True where one kernel does it all: a program can hold its groups. Else one takes the statistics first."""
+    return _power(size) * tiles(channels // num_groups, num_groups, RUN // 2).block_c <= HELD
+
+
 def normalize(
     out: torch.Tensor,
     a: torch.Tensor,
@@ -83,9 +88,8 @@ def normalize(
     inputs = (a, b, addend, weight, bias, out)
     shape = (a.shape[1], 0 if b is None else b.shape[1], size, *strides)
 
-    held = tiles(group, num_groups, RUN // 2)
-    if _power(size) * held.block_c <= HELD:
-        block_s = _power(size)
+    if reads_once(size, channels, num_groups):
+        held, block_s = tiles(group, num_groups, RUN // 2), _power(size)
         with _device(out):
             kernels.whole_groups[(held.count, samples)](
                 *inputs, *shape, eps,
@@ -100,7 +104,7 @@ def normalize(
     programs = samples * wide.count
     splits, split_steps = share(size, block_s, min(MAX_SPLITS, 3 * _processors(out.device) // programs))
     parts, steps = share(size, block_s, 8 * _processors(out.device) // programs)
-    table = torch.empty(2, samples, splits, num_groups, device=out.device)
+    table = torch.empty(2, samples, splits, num_groups, dtype=torch.float32, device=out.device)
     with _device(out):
         kernels.statistics[(wide.count, splits, samples)](
             a, b, addend, table, *shape,

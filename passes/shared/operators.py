@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from passes.shared.match import is_op
+from passes.shared.sizes import hint
 
 aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ def is_random(node: fx.Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     if is_op(node, aten.dropout.default):
-        return argument(node, "train") is not False
+        return argument(node, "train") is not False and argument(node, "p") != 0
     takes_dropout = any(formal.name == "dropout_p" for formal in node.target._schema.arguments)  # type: ignore[union-attr]
     return not takes_dropout or argument(node, "dropout_p") != 0
 
@@ -56,5 +57,5 @@ def count(value: torch.Tensor) -> int:
     """How many elements a fake tensor has; sizes that are not fixed count as in the example they were captured with."""
     result = 1
     for size in value.shape:
-        result *= size if isinstance(size, int) else size.node.hint
+        result *= hint(size)
     return result

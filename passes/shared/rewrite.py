@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from passes.shared.match import is_view, value
+from passes.shared.sizes import layout
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,32 @@ def propagate(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
             node.meta["val"] = new
 
 
-def _layout(value: Any) -> list[tuple[int, ...]]:
-    return [leaf.stride() for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+def strides_matter(node: fx.Node, new: Any) -> bool:
+    """True where the graph would fail, or return other strides, were the node's value to have those of `new`.
+
+    Follows the new strides through the graph until they make no difference.
+    """
+    changed = {node: new} if _layout(new) != _layout(value(node)) else {}
+    reader = node
+    while changed and reader.op != "output":
+        reader = reader.next
+        if not any(source in changed for source in reader.all_input_nodes):
+            continue
+        if reader.op == "output":
+            return True
+        inputs = fx.map_arg((reader.args, reader.kwargs), lambda source: changed.get(source, source.meta.get("val")))
+        try:
+            with torch.no_grad():
+                result = reader.target(*inputs[0], **inputs[1])  # type: ignore[operator]
+        except (RuntimeError, ValueError):  # a view that the new strides do not allow
+            return True
+        if _layout(result) != _layout(value(reader)):
+            changed[reader] = result
+    return False
+
+
+def _layout(value: Any) -> list[tuple[Any, ...]]:
+    return [layout(leaf)[1] for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def copied_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import subprocess
 import sys
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 
 import deepcache_fx
 from deepcache_fx import DeepCacheError
+from deepcache_fx.artefacts.manifest import Program, add_program, described, read_manifest, sealed
 from tests import models, small
-from tests.families import examples
+from tests.families import examples, thorough
 
 CALL: dict[str, Any] = dict(return_dict=False)
 
@@ -27,9 +32,9 @@ def _unet(**changes: Any) -> torch.nn.Module:
     return models.sd_unet(**{**small.LEVELS, **changes}).eval()
 
 
-def _steps(unet: torch.nn.Module, count: int = 4) -> torch.Tensor:
+def _steps(unet: torch.nn.Module, count: int = 4, size: int = 8) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, unet.config.in_channels, 8, 8, generator=generator)
+    x = torch.randn(2, unet.config.in_channels, size, size, generator=generator)
     text = torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator)
     with torch.no_grad():
         for t in range(count, 0, -1):
@@ -58,18 +63,30 @@ def test_loaded_programs_capture_nothing_and_give_the_same_bits(saved: tuple[Pat
     assert report.shallow_calls == 2
 
 
+_SECOND = """
+import sys, torch; torch.set_num_threads(1)
+from typing import Any
+from diffusers import UNet2DConditionModel
+from deepcache_fx.execution import openvino; openvino.is_available = lambda: False
+import deepcache_fx
+unet = deepcache_fx.load(UNet2DConditionModel.from_pretrained(sys.argv[2]), sys.argv[1])
+image = _steps(unet)
+assert deepcache_fx.report(unet).captures == 0, deepcache_fx.report(unet)
+torch.save(image, sys.argv[3])
+"""
+
+
 def test_another_process_gives_the_same_bits(saved: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    """It has other hashes and another working directory, and its model comes from a file."""
     directory, image = saved
-    code = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from deepcache_fx.execution import openvino; openvino.is_available = lambda: False\n"
-        "import deepcache_fx; from tests.artefacts.test_programs import _steps, _unet\n"
-        "unet = deepcache_fx.load(_unet(), sys.argv[1]); image = _steps(unet)\n"
-        "assert deepcache_fx.report(unet).captures == 0, deepcache_fx.report(unet)\n"
-        "torch.save(image, sys.argv[2])\n"
+    model, out = tmp_path / "unet", tmp_path / "image.pt"
+    _unet().save_pretrained(model)
+    code = _SECOND.replace(
+        "import deepcache_fx\n", f"import deepcache_fx\nCALL = {CALL}\n{inspect.getsource(_steps)}\n"
     )
-    out = tmp_path / "image.pt"
-    subprocess.run([sys.executable, "-c", code, str(directory), str(out)], check=True, cwd=Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": "12345"}
+    command = [sys.executable, "-c", code, str(directory), str(model), str(out)]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
     assert torch.equal(torch.load(out, weights_only=True), image)
 
 
@@ -117,7 +134,7 @@ def test_other_versions_and_devices_are_refused_by_name(
     for file in saved[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     text["programs"][0]["made_for"][name] = "another"
-    (tmp_path / "manifest.json").write_text(json.dumps(text))
+    (tmp_path / "manifest.json").write_bytes(sealed(text))
     with pytest.raises(DeepCacheError, match=f"{name}: made for another, here"):
         deepcache_fx.load(_unet(), tmp_path)
 
@@ -167,5 +184,89 @@ def test_damaged_files_are_never_run(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = _steps(unet)
-    if deepcache_fx.report(unet).captures == 0:
-        assert torch.equal(found, image) or deepcache_fx.report(unet).schedule != "Uniform(2)"
+    assert deepcache_fx.report(unet).captures == 0
+    assert torch.equal(found, image)
+
+
+def test_an_optimised_model_adds_what_it_has_and_later_keeps_no_directory(tmp_path: Path) -> None:
+    unet = _unet()
+    deepcache_fx.optimize(unet)
+    _steps(unet)
+    deepcache_fx.optimize(unet, programs=tmp_path / "p")
+    assert len(read_manifest(tmp_path / "p").programs) == 1
+    deepcache_fx.optimize(unet)
+    _steps(unet, size=16)
+    assert deepcache_fx.report(unet).captures == 2
+    assert len(read_manifest(tmp_path / "p").programs) == 1
+    deepcache_fx.optimize(unet, interval=5, programs=tmp_path / "p")  # the same programs under another schedule
+    assert len(read_manifest(tmp_path / "p").programs) == 2
+
+
+class _Noting(UNet2DConditionModel):
+    """Writes down at its first call what the second one reads."""
+
+    offset: float | None = None
+
+    def forward(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = super().forward(sample, *args, **kwargs)
+        found = result[0] + (self.offset or 0.0)
+        self.offset = 1.0
+        return (found,)
+
+
+def test_what_a_first_forward_changes_is_not_replaced_by_a_program(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = _Noting(**dict(_unet().config)).eval()
+    second, plain = deepcopy(first), deepcopy(first)
+    images = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for unet, programs in ((first, tmp_path / "p"), (second, tmp_path / "p"), (plain, None)):
+            deepcache_fx.optimize(unet, interval=1, programs=programs)
+            images.append(_steps(unet))
+    assert torch.equal(images[1], images[0])
+    assert torch.equal(images[2], images[0])
+
+
+@thorough
+def test_graphs_for_many_sizes_are_refused_and_sizes_are_written_each(tmp_path: Path) -> None:
+    unet = _unet()
+    deepcache_fx.optimize(unet, dynamic="auto")
+    _steps(unet)
+    deepcache_fx.save(unet, tmp_path)
+    _steps(unet, size=16)
+    with pytest.raises(DeepCacheError, match=r"many sizes.*dynamic=False"):
+        deepcache_fx.save(unet, tmp_path)
+    other = deepcache_fx.load(_unet(), tmp_path)
+    _steps(other)
+    assert deepcache_fx.report(other).captures == 0
+    with pytest.warns(UserWarning, match="captured anew"):
+        _steps(other, size=16)
+    assert any("many sizes" in line for line in deepcache_fx.report(other).sizes)
+
+
+def test_a_signed_directory_takes_no_programs_without_its_key(tmp_path: Path) -> None:
+    for name in "ab":
+        add_program(tmp_path, {f"{name}.json": b"{}"}, _program(name), b"secret")
+    with pytest.raises(DeepCacheError, match="is signed: pass its key"):
+        add_program(tmp_path, {"c.json": b"{}"}, _program("c"))
+    manifest = read_manifest(tmp_path, b"secret")
+    assert (manifest.is_signed, [item.inputs for item in manifest.programs]) == (True, ["a", "b"])
+
+
+def test_a_directory_of_another_format_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(sealed({"format": "deepcache_fx programs 9", "programs": []}))
+    with pytest.raises(DeepCacheError, match="of the format 'deepcache_fx programs 9'"):
+        add_program(tmp_path, {"c.json": b"{}"}, _program("c"))
+
+
+def test_a_damaged_manifest_is_replaced(tmp_path: Path) -> None:
+    add_program(tmp_path, {"a.json": b"{}"}, _program("a"))
+    path = tmp_path / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-20])
+    add_program(tmp_path, {"b.json": b"{}"}, _program("b"))
+    assert [item.inputs for item in read_manifest(tmp_path).programs] == ["b"]
+
+
+def _program(name: str) -> Program:
+    return Program({f"{name}.json": described(b"{}")}, {"call": name}, {}, name)

@@ -346,6 +346,19 @@ def test_a_profile_says_where_the_time_of_a_shallow_step_goes(tmp_path: Path) ->
         profile_step(case("eager", 2), arms["eager"], "shallow")
 
 
+@thorough
+@pytest.mark.usefixtures("auto_finds_openvino")
+def test_a_profile_of_an_openvino_step_is_told_by_openvinos_own_counters() -> None:
+    arms = all_arms()
+    profile = profile_step(case("ours-openvino", 2), arms["ours-openvino"], "full")
+    categories = profile.categories()
+    assert {"attention", "convolution", "matrix product", "normalisation"} <= set(categories)
+    assert sum(count for count, _ in categories.values()) == profile.calls.count
+    assert 0 < profile.calls.busy <= profile.calls.span
+    shallow = profile_step(case("ours-openvino", 2), arms["ours-openvino"], "shallow")
+    assert 0 < shallow.categories()["convolution"][0] < categories["convolution"][0]
+
+
 # Models and arms.
 
 TINY_SDXL = dict(

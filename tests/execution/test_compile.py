@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 import deepcache_fx
-from deepcache_fx.errors import CompileError
+from deepcache_fx.errors import CompileError, OptionError
 from deepcache_fx.execution.compile import compile_variant, pick_backend
 from deepcache_fx.options import Options
 from tests.compvis import CompVisUNet, denoise
@@ -92,9 +92,14 @@ def test_inductors_own_cuda_graphs_are_left_out_of_its_modes(monkeypatch: pytest
         compiled(1.0, backend="inductor", mode=mode)
     options = [settings["options"] for settings in seen]
     assert all(settings["mode"] is None for settings in seen)
-    assert not any("triton.cudagraphs" in settings for settings in options)
+    assert all(settings["triton.cudagraphs"] is False for settings in options), "also where a user's global says True"
     assert [settings.get("max_autotune", False) for settings in options] == [False, False, True, True]
     assert options[2] == options[3]
+
+
+def test_inductors_own_cuda_graphs_cannot_be_asked_for() -> None:
+    with pytest.raises(OptionError, match="cached features overwritten: leave it out, cuda_graphs=True records"):
+        deepcache_fx.optimize(CompVisUNet(), backend="inductor", options={"triton.cudagraphs": True})
 
 
 def test_an_unknown_mode_or_backend_is_an_error_that_lists_the_known_ones() -> None:

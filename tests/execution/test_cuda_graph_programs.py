@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,10 +14,15 @@ import torch
 
 import deepcache_fx
 from deepcache_fx import DeepCacheError
-from deepcache_fx.execution import cuda_graph_programs, cuda_graphs
+from deepcache_fx.execution import assemble, cuda_graph_programs, cuda_graphs, memory_format
+from deepcache_fx.graph.capture import CAPTURE_LOCK
+from deepcache_fx.graph.weights import held
+from deepcache_fx.runtime import runtime as runtime_module
+from deepcache_fx.runtime.attach import bring_back, pause, runtime_of
+from deepcache_fx.runtime.runtime import Runtime
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
-from tests.families import family
+from tests.families import family, thorough
 
 TIMESTEPS = torch.arange(950, -1, -50)
 
@@ -339,6 +345,218 @@ def test_another_schedule_keeps_what_is_recorded(recorders: list[FakeRecorder]) 
     deepcache_fx.optimize(unet, interval=5, backend="eager", cuda_graphs=True)
     assert torch.equal(denoise(unet, TIMESTEPS), denoise(called(interval=5), TIMESTEPS))
     assert len(recorders[0].graphs) == 2
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("let_go", [deepcache_fx.restore, lambda unet: deepcache_fx.optimize(unet, backend="eager")])
+def test_memory_is_free_when_the_programs_are_let_go_of(
+    recorders: list[FakeRecorder], let_go: Callable[[torch.nn.Module], object]
+) -> None:
+    """Graphs, buffers and cached features of every thread; without waiting for garbage to be collected."""
+    unet = recorded()
+    thread = threading.Thread(target=denoise, args=(unet, TIMESTEPS[:5]))
+    thread.start()
+    thread.join()
+    two_calls_a_step(unet)
+    runtime = runtime_of(unet)
+    assert runtime is not None
+    held_by_graphs = [held(graph) for entry in runtime._entries.values() for graph in entry.graphs()]
+    weights = {id(tensor) for tensors in held_by_graphs for tensor in tensors}  # with small constants
+    graphs = recorders[0].graphs
+    buffers = [item.owner for graph in graphs for item in graph.outside.values() if id(item.owner()) not in weights]
+    alive = [reference for reference in buffers if reference() is not None]
+    features = [weakref.ref(slot.feature) for slot in runtime._state.slots._slots if slot.feature is not None]
+    owners = [weakref.ref(item) for item in (runtime, *runtime._entries.values())]
+    del runtime, weights, buffers, held_by_graphs
+    assert len(alive) > 4
+    assert features
+    let_go(unet)
+    assert not any(graph.alive for graph in graphs)
+    assert [reference() for reference in (*alive, *features)] == [None] * (len(alive) + len(features))
+    assert [type(reference()).__name__ for reference in owners] == ["NoneType"] * len(owners)
+    assert recorders[0].freed == 1
+
+
+def test_what_was_released_and_is_called_once_more_is_called_not_recorded(recorders: list[FakeRecorder]) -> None:
+    """As by another thread, in the midst of a step."""
+    unet, plain = recorded(), called()
+    denoise(unet, TIMESTEPS[:4])
+    runtime = runtime_of(unet)
+    assert runtime is not None
+    (entry,) = runtime._entries.values()
+    recorders[0].between = lambda: None
+    original, calls = entry.programs.shallow, []
+
+    def released_meanwhile(*args: Any, **kwargs: Any) -> Any:
+        if not calls:
+            thread = threading.Thread(target=entry.release)
+            thread.start()
+            thread.join(60)
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    entry.programs.shallow = released_meanwhile  # type: ignore[method-assign]
+    assert torch.equal(denoise(unet, TIMESTEPS), denoise(plain, TIMESTEPS))
+    assert len(recorders[0].graphs) == 2
+    assert not any(graph.alive for graph in recorders[0].graphs)
+
+
+# Alternating with other schedules, and with the model as it is.
+
+
+class Events:
+    """What has been made so far: captures, compilations, weights laid out, recordings."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, recorders: list[FakeRecorder]) -> None:
+        self.captures = self.compilations = self.moves = 0
+        self._recorders = recorders
+        self._count(monkeypatch, runtime_module, "capture", "captures")
+        self._count(monkeypatch, assemble, "compile_variants", "compilations")
+        self._count(monkeypatch, memory_format, "_move", "moves")
+        monkeypatch.setattr(memory_format, "DEVICE_TYPES", ("cpu",))
+
+    def _count(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, counter: str) -> None:
+        original = getattr(owner, name)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            setattr(self, counter, getattr(self, counter) + 1)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    def so_far(self) -> tuple[int, ...]:
+        recordings = sum(len(recorder.graphs) for recorder in self._recorders)
+        traced = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return self.captures, self.compilations, self.moves, recordings, traced
+
+
+def other_schedule(unet: torch.nn.Module, number: int) -> None:
+    deepcache_fx.optimize(unet, interval=2 + number % 2, backend="aot_eager")
+    denoise(unet, TIMESTEPS[:2])
+
+
+def in_a_block(unet: torch.nn.Module, number: int) -> None:
+    with deepcache_fx.optimized(unet, interval=4, backend="aot_eager"):
+        denoise(unet, TIMESTEPS[:2])
+    denoise(unet, TIMESTEPS[:2])
+
+
+def paused(unet: torch.nn.Module, number: int) -> None:
+    runtime = pause(unet)
+    assert runtime is not None
+    denoise(unet, TIMESTEPS[:1])
+    bring_back(unet, runtime)
+    denoise(unet, TIMESTEPS[:2])
+
+
+_OTHERS: list[Runtime] = []
+
+
+def another_order(unet: torch.nn.Module, number: int) -> None:
+    """As `calibrate` goes back and forth between orders of the forecast."""
+    runtime = pause(unet)
+    assert runtime is not None
+    if _OTHERS:
+        bring_back(unet, _OTHERS.pop())
+    else:
+        deepcache_fx.optimize(unet, forecast=0, backend="aot_eager")
+    denoise(unet, TIMESTEPS[:2])
+    other = pause(unet)
+    assert other is not None
+    _OTHERS.append(other)
+    bring_back(unet, runtime)
+    denoise(unet, TIMESTEPS[:2])
+
+
+@pytest.mark.parametrize(
+    "alternate", family([other_schedule, in_a_block, paused, another_order], other_schedule, paused)
+)
+def test_ten_alternations_make_nothing_again(
+    alternate: Callable[[torch.nn.Module, int], None], monkeypatch: pytest.MonkeyPatch, recorders: list[FakeRecorder]
+) -> None:
+    events = Events(monkeypatch, recorders)
+    unet = deepcache_fx.optimize(CompVisUNet(), backend="aot_eager")
+    _OTHERS.clear()
+    denoise(unet, TIMESTEPS[:2])
+    alternate(unet, 0)
+    before = events.so_far()
+    assert all(before)
+    for number in range(10):
+        alternate(unet, number + 1)
+    assert events.so_far() == before
+    for runtime in _OTHERS:
+        runtime.release()
+    deepcache_fx.restore(unet)
+    assert all(weight.is_contiguous() for weight in unet.parameters())
+
+
+# Other threads.
+
+
+def test_no_weight_moves_between_the_look_at_its_address_and_the_replay(
+    recorders: list[FakeRecorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every step of the recorder another thread converts the weights, or undoes it; one lock after the other."""
+    unet, plain = recorded(), called()
+    expected = denoise(plain, TIMESTEPS[:4])
+    denoise(unet, TIMESTEPS[:4])
+    weights, moved, threads = memory_format.ChannelsLastWeights(), [0], []
+
+    def move() -> None:
+        with CAPTURE_LOCK:  # as `ModelState` does
+            moved[0] += weights.convert(unet) or len(weights._used)
+            weights.undo()
+
+    def between() -> None:
+        thread = threading.Thread(target=move)
+        thread.start()
+        thread.join(0.02)  # it may have to wait for a lock that this thread holds
+        threads.append(thread)
+
+    recorders[0].between = between
+    deepcache_fx.reset(unet)
+    torch.testing.assert_close(denoise(unet, TIMESTEPS[:4]), expected)
+    recorders[0].between = lambda: None
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "a deadlock"
+    assert moved[0] > len(threads)
+
+
+@thorough
+def test_threads_that_run_restore_and_optimize_at_once_end() -> None:
+    """Every step is full, so that a run is the same with and without programs."""
+    unet, expected = recorded(interval=1), denoise(CompVisUNet(), TIMESTEPS[:3])
+    errors: list[BaseException] = []
+    num_threads = torch.get_num_threads()
+
+    def run() -> None:
+        torch.set_num_threads(num_threads)
+        try:
+            for _ in range(4):
+                torch.testing.assert_close(denoise(unet, TIMESTEPS[:3]), expected)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        deepcache_fx.restore(unet)
+        deepcache_fx.optimize(unet, interval=1, backend="eager", cuda_graphs=True)
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert errors == []
 
 
 def test_nothing_holds_a_model_that_is_dropped() -> None:

@@ -11,6 +11,7 @@ import torch
 
 import deepcache_fx
 from deepcache_fx import DeepCacheError, MergeTokens, Only
+from passes import FuseGroupNorm
 from tests.compvis import CompVisUNet, denoise
 from tests.families import family
 from tests.oracles import REPEATING, specified
@@ -78,3 +79,19 @@ def test_another_variant_or_no_pass_is_refused_and_a_pass_that_fails_is_named_wi
     unet = deepcache_fx.optimize(CompVisUNet(), backend="eager", passes=[Only("shallow", broken)])
     with pytest.raises(DeepCacheError, match="shallow variant: pass 'broken' failed: ValueError: no luck"):
         denoise(unet, TIMESTEPS[:1])
+
+
+def test_fused_norms_cost_the_shallow_step_none_of_what_the_split_saves() -> None:
+    """The split takes norms over the concatenation apart; an operator fused before it stayed whole."""
+    arguments = torch.randn(2, 4, 8, 8), TIMESTEPS[:1].expand(2), torch.ones(2, 3, 6)
+    macs = []
+    for passes in ([], [FuseGroupNorm(cat=False)], [FuseGroupNorm()]):
+        unet = deepcache_fx.optimize(CompVisUNet(), backend="eager", passes=passes)
+        with torch.no_grad():
+            unet(*arguments)
+        [signature] = deepcache_fx.report(unet).signatures
+        macs.append((signature.full_macs, signature.shallow_macs))
+        if passes:
+            fused = {record.name for record in signature.passes if record.modified}
+            assert {"fuse_group_norm (full)", "fuse_group_norm (shallow)"} <= fused
+    assert macs[0] == macs[1] == macs[2]

@@ -308,3 +308,49 @@ def test_outputs_that_are_not_kept_are_not_computed() -> None:
     assert len(part.graph.find_nodes(op="call_function", target=torch.sin)) == 1
     assert all(map(torch.equal, part(a, b), (a.sin(), b.cos())))
     assert len(whole(a, b)) == 4
+
+
+def laid_out_conv(b: Builder, x: fx.Node) -> fx.Node:
+    """A convolution with a channels-last weight."""
+    weight = torch.randn(3, x.meta["val"].shape[1], 3, 3).contiguous(memory_format=torch.channels_last)
+    b.root.register_parameter("laid_out", torch.nn.Parameter(weight))
+    node = b.graph.get_attr("laid_out")
+    node.meta["val"] = weight
+    return b.op(aten.conv2d.default, x, node)
+
+
+def test_on_a_gpu_contiguous_cached_maps_take_the_layout_of_channels_last_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    b = Builder()
+    x = b.input(1, 3, 4, 4)
+    skip = b.conv(x, 4)
+    deep = b.op(aten.relu.default, b.conv(skip, 5))
+    captured = b.captured(b.op(aten.contiguous.default, laid_out_conv(b, b.cat(deep, skip))))
+    [branch] = find_skip_connections(captured.graph.graph)
+    plain = split(captured, branch)
+    [kept] = plain.cuts[0].cache
+    assert kept.is_contiguous(), "channels-last weights on a CPU change nothing"
+
+    monkeypatch.setattr("deepcache_fx.graph.split.CHANNELS_LAST", ("cpu",))
+    laid = split(captured, branch)
+    [kept] = laid.cuts[0].cache
+    assert kept.is_contiguous(memory_format=torch.channels_last)
+    inputs = torch.randn(1, 3, 4, 4)
+    output, cache = laid.full.step(inputs)
+    torch.testing.assert_close(output, plain.full.step(inputs)[0])
+    assert cache.stride() == kept.stride()
+    torch.testing.assert_close(laid.cuts[0].shallow.step(inputs, cache)[0], output)
+
+
+def test_a_cached_map_that_a_view_reads_stays_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepcache_fx.graph.split.CHANNELS_LAST", ("cpu",))
+    b = Builder()
+    x = b.input(1, 3, 4, 4)
+    skip = b.conv(x, 4)
+    deep = b.op(aten.clone.default, b.conv(skip, 5))
+    flat = b.op(aten.view.default, deep, [1, 80])
+    captured = b.captured(laid_out_conv(b, b.cat(deep, skip)), b.op(aten.relu.default, flat))
+    [branch] = find_skip_connections(captured.graph.graph)
+    [kept] = split(captured, branch).cuts[0].cache
+    assert kept.is_contiguous()

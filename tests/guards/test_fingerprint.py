@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import pytest
@@ -14,11 +14,15 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
 import deepcache_fx
-from deepcache_fx.guards.fingerprint import Fingerprint, fingerprint
+from deepcache_fx.guards.fingerprint import Fingerprint
 from deepcache_fx.planning.presets import preset
 from tests import models
 from tests.compvis import CompVisUNet, denoise
 from tests.oracles import TO_THE_BIT
+
+
+def fingerprint(module: nn.Module) -> Hashable:
+    return Fingerprint().read(module).structure
 
 
 class Own(nn.Parameter):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from passes import choose_attention, run_passes
 from passes.choose_attention import KERNELS, ChooseAttention, fastest
@@ -175,6 +179,50 @@ def test_other_devices_are_left_alone() -> None:
     gm = graph()
     _, (record,) = run_passes(gm, [ChooseAttention(timer("flash"))])
     assert not record.modified
+
+
+def choose_in(directory: Path, preferred: str) -> tuple[fx.GraphModule, str | None]:
+    """As another process: nothing is known but what lies in the directory."""
+    choose_attention._chosen.clear()
+    chooser = ChooseAttention(timer(preferred), device_types=("cpu",), directory=directory)
+    result, _ = run_passes(graph(), [chooser])
+    return result, next(iter(choose_attention._chosen.values()))
+
+
+def test_every_process_takes_the_kernel_that_the_first_one_chose(tmp_path: Path) -> None:
+    assert choose_in(tmp_path / "choices", "efficient")[1] == "efficient"
+    assert choose_in(tmp_path / "choices", "flash")[1] == "efficient"
+    assert choose_in(tmp_path / "others", "default")[1] is None
+    assert choose_in(tmp_path / "others", "flash")[1] is None
+
+
+def test_kernels_that_are_switched_off_are_not_tried_and_ask_another_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose_in(tmp_path, "flash")[1] == "flash"
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        assert "flash" not in choose_attention.enabled()
+        assert choose_in(tmp_path, "efficient")[1] != "flash"
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        assert "flash" not in choose_attention.enabled()
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+    assert choose_in(tmp_path, "efficient")[1] == "flash"
+    monkeypatch.setattr(choose_attention, "SWITCHES", dict.fromkeys(choose_attention.KERNELS, lambda: False))
+    assert choose_in(tmp_path, "flash")[1] is None
+    assert set(KERNELS) == {"flash", "efficient", "cudnn"}
+
+
+def test_other_shapes_versions_and_devices_ask_other_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = choose_attention.AttentionCall(
+        torch.device("cpu"), torch.float16, ((1, 2, 3, 8),) * 3, ((48, 24, 8, 1),) * 3, None, False, None
+    )
+    asked = [choose_attention.question(call, ("flash",)), choose_attention.question(call, ())]
+    asked.append(choose_attention.question(dataclasses.replace(call, causal=True), ("flash",)))
+    monkeypatch.setattr(torch, "__version__", "2.0")
+    asked.append(choose_attention.question(call, ("flash",)))
+    assert len({json.dumps(item) for item in asked}) == 4
 
 
 def test_a_kernel_that_is_wrong_or_refuses_is_never_chosen() -> None:

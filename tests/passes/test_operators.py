@@ -39,6 +39,7 @@ def test_positional_arguments_come_with_their_defaults() -> None:
         (aten.bernoulli.default, (None,), True),
         (aten.dropout.default, (None, 0.5, True), True),
         (aten.dropout.default, (None, 0.5, False), False),
+        (aten.dropout.default, (None, 0.0, True), False),
         (aten.scaled_dot_product_attention.default, (None, None, None), False),
         (aten.scaled_dot_product_attention.default, (None, None, None, None, 0.5), True),
         (aten._scaled_dot_product_flash_attention.default, (None, None, None), False),

@@ -17,7 +17,7 @@ from passes import Canonicalize, PassError, pass_name, run_passes
 from passes.shared.match import ancestors, eliminate_dead_code, is_op, only_user
 
 aten = torch.ops.aten
-ALLOWED = {"torch", "triton", "networkx", "passes", *sys.stdlib_module_names}
+ALLOWED = {"torch", "triton", "networkx", "sympy", "passes", *sys.stdlib_module_names}
 
 
 def foreign_imports(source: str) -> set[str]:
@@ -211,6 +211,15 @@ def test_canonicalize_keeps_what_changes_type_or_layout_or_copies() -> None:
         return double, copied, g.call_function(aten.contiguous.default, (x,))
 
     check(Canonicalize(), graph_of(build, X), 0, X)
+
+
+def test_canonicalize_drops_dropout_of_nothing_in_training() -> None:
+    gm = graph_of(
+        lambda g, x: g.call_function(aten.neg.default, (g.call_function(aten.dropout.default, (x, 0.0, True)),)), X
+    )
+    result = Canonicalize()(gm)
+    assert result.modified
+    assert not gm.graph.find_nodes(op="call_function", target=aten.dropout.default)
 
 
 def test_canonicalize_keeps_dropout_in_training() -> None:

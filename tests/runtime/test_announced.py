@@ -111,6 +111,29 @@ def test_a_named_conditioning_has_its_own_feature_whatever_its_tensors_are() -> 
     assert last_run(unet) == "FsFFFs"
 
 
+@torch.no_grad()
+def announced(unet: torch.nn.Module, **options: Any) -> torch.Tensor:
+    """The last prediction of a run of six steps, whose third and sixth are shallow."""
+    deepcache_fx.begin(unet, **options)
+    for t in TIMESTEPS[:6]:
+        found: torch.Tensor = unet(torch.ones(1, 4, 8, 8) * t / 500, t.expand(1), CONTEXT)
+        deepcache_fx.step(unet)
+    return found
+
+
+def test_a_caller_says_that_a_run_is_not_to_be_forecast() -> None:
+    unet = deepcache_fx.optimize(CompVisUNet(), backend="eager", disable="all")
+    expected = announced(deepcache_fx.optimize(CompVisUNet(), **TO_THE_BIT))
+    forecast = announced(unet)
+    assert deepcache_fx.report(unet).last_forecast[0] == "1"
+    assert torch.allclose(announced(unet, may_forecast=False), expected, rtol=1e-5)
+    assert deepcache_fx.report(unet).last_forecast == "0 (the caller says not to forecast)"
+    assert not torch.allclose(forecast, expected, rtol=1e-5)
+    obeyed = deepcache_fx.optimize(CompVisUNet(), backend="eager", forecast=2)
+    announced(obeyed, may_forecast=False)
+    assert deepcache_fx.report(obeyed).last_forecast == "2 (as asked for)"
+
+
 @pytest.mark.parametrize("num_steps", [0, -1, True, 2.0, "3"])
 def test_a_number_of_steps_that_is_none_is_refused(num_steps: Any) -> None:
     unet = deepcache_fx.optimize(CompVisUNet(), **TO_THE_BIT)
@@ -174,6 +197,24 @@ def test_a_failure_is_not_tried_again_at_every_call(monkeypatch: pytest.MonkeyPa
     unet = deepcache_fx.optimize(CompVisUNet(), on_failure="uncached", **TO_THE_BIT)
     with pytest.warns(UserWarning, match="this one cannot"):
         denoise(unet, TIMESTEPS[:4])
+    assert len(tried) == 1
+
+
+def test_a_failure_is_not_tried_again_after_another_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepcache_fx.runtime import runtime
+
+    tried = []
+
+    def failing(*args: Any) -> Any:
+        tried.append(args)
+        raise CaptureError("this one cannot")
+
+    monkeypatch.setattr(runtime, "capture", failing)
+    unet = CompVisUNet()
+    for interval in (2, 3, 4):
+        deepcache_fx.optimize(unet, interval, on_failure="uncached", **TO_THE_BIT)
+        with pytest.warns(UserWarning, match="this one cannot"):
+            denoise(unet, TIMESTEPS[:2])
     assert len(tried) == 1
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor
 
 import deepcache_fx
+from passes import choose_attention
 from tests import models
 from tests.compvis import CompVisUNet
 
@@ -140,6 +144,106 @@ def test_a_shallow_step_takes_the_host_less_than_60_microseconds() -> None:
             unet(x, now, context)
             times.append(time.perf_counter() - started)
     assert sorted(times[10:])[len(times) // 2] < 60e-6
+
+
+def waits(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A pass after which a step reads a value: recording it fails."""
+
+    def read(x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, FakeTensor):
+            x.flatten()[0].item()
+        return x.clone()
+
+    node = next(iter(graph.graph.find_nodes(op="placeholder")))
+    with graph.graph.inserting_after(node):
+        new = graph.graph.call_function(read, (node,))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    graph.recompile()
+    return graph
+
+
+def test_a_recording_that_fails_leaves_the_process_as_it_was(expected: torch.Tensor) -> None:
+    before = deepcache_fx.optimize(CompVisUNet().cuda(), backend="eager", cuda_graphs=True)
+    denoise(before)
+    broken = deepcache_fx.optimize(CompVisUNet().cuda(), backend="eager", cuda_graphs=True, passes=[waits])
+    for _ in range(2):
+        close(denoise(broken), expected)
+    assert deepcache_fx.report(broken).signatures[0].cuda_graphs.startswith("not recorded: full step: ")
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(3, device="cuda").isfinite().all()
+    assert torch.equal(denoise(before), expected)
+    after = deepcache_fx.optimize(CompVisUNet().cuda(), backend="eager", cuda_graphs=True)
+    assert torch.equal(denoise(after), expected)
+    assert torch.equal(denoise(before), expected)
+    assert deepcache_fx.report(after).signatures[0].cuda_graphs == "recorded"
+
+
+def test_memory_is_back_when_restore_returns() -> None:
+    unet = CompVisUNet().cuda()
+
+    def optimized() -> tuple[int, int]:
+        deepcache_fx.optimize(unet, backend="eager", cuda_graphs=True)
+        denoise(unet, size=64)
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    optimized()
+    deepcache_fx.restore(unet)  # what PyTorch keeps for itself is there now
+    gc.collect()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    gc.disable()
+    try:
+        during = optimized()
+        deepcache_fx.restore(unet)
+        after = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    finally:
+        gc.enable()
+    for used, free, left in zip(during, before, after, strict=True):
+        assert used > free
+        assert left - free <= 0.05 * (used - free)
+
+
+def test_alternating_records_nothing_again() -> None:
+    unet = deepcache_fx.optimize(CompVisUNet().cuda())
+    denoise(unet)
+    addresses = [weight.data_ptr() for weight in unet.parameters()]
+    for interval in (2, 3, 4):
+        deepcache_fx.optimize(unet, interval=interval)
+        denoise(unet)
+        with deepcache_fx.optimized(unet, interval=5):
+            denoise(unet)
+    assert [weight.data_ptr() for weight in unet.parameters()] == addresses
+    assert deepcache_fx.report(unet).signatures[0].cuda_graphs == "recorded"
+    assert deepcache_fx.report(unet).captures == 1
+
+
+def test_switches_of_arithmetic_are_followed(expected: torch.Tensor) -> None:
+    unet = deepcache_fx.optimize(CompVisUNet().cuda(), backend="eager", cuda_graphs=True)
+    assert torch.equal(denoise(unet), expected)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with_tf32 = denoise(deepcache_fx.optimize(CompVisUNet().cuda(), backend="eager"))
+        assert torch.equal(denoise(unet), with_tf32)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert torch.equal(denoise(unet), expected)
+
+
+def test_attention_is_chosen_alike_by_another_process(tmp_path: Path) -> None:
+    """Timed within a recorded graph, and remembered: the second one measures nothing."""
+    call = choose_attention.AttentionCall(
+        torch.device("cuda", 0), torch.float16, ((2, 8, 64, 40),) * 3, ((20480, 2560, 40, 1),) * 3, None, False, None
+    )
+    choose_attention._chosen.clear()
+    first = choose_attention.ChooseAttention(directory=tmp_path)._choose(call)
+    choose_attention._chosen.clear()
+
+    def never(run: Any, device: torch.device) -> float:
+        raise AssertionError("measured again")
+
+    assert choose_attention.ChooseAttention(never, directory=tmp_path)._choose(call) == first
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
