@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import warnings
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -208,24 +207,19 @@ class _Noting(UNet2DConditionModel):
     offset: float | None = None
 
     def forward(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = super().forward(sample, *args, **kwargs)
+        result = UNet2DConditionModel.forward(self, sample, *args, **kwargs)  # super() is a closure: never written
         found = result[0] + (self.offset or 0.0)
         self.offset = 1.0
         return (found,)
 
 
-def test_what_a_first_forward_changes_is_not_replaced_by_a_program(tmp_path: Path) -> None:
+def test_what_a_first_forward_changes_is_not_written(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    first = _Noting(**dict(_unet().config)).eval()
-    second, plain = deepcopy(first), deepcopy(first)
-    images = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for unet, programs in ((first, tmp_path / "p"), (second, tmp_path / "p"), (plain, None)):
-            deepcache_fx.optimize(unet, interval=1, programs=programs)
-            images.append(_steps(unet))
-    assert torch.equal(images[1], images[0])
-    assert torch.equal(images[2], images[0])
+    unet = _Noting(**dict(_unet().config)).eval()
+    deepcache_fx.optimize(unet, programs=tmp_path)
+    with pytest.warns(UserWarning, match="its first forward changed the model's settings"):
+        _steps(unet, count=1)
+    assert not (tmp_path / "manifest.json").exists()
 
 
 @thorough

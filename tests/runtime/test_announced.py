@@ -189,7 +189,7 @@ def test_a_failure_is_not_tried_again_at_every_call(monkeypatch: pytest.MonkeyPa
 
     tried = []
 
-    def failing(*args: Any) -> Any:
+    def failing(*args: Any, **kwargs: Any) -> Any:
         tried.append(args)
         raise CaptureError("this one cannot")
 
@@ -205,7 +205,7 @@ def test_a_failure_is_not_tried_again_after_another_schedule(monkeypatch: pytest
 
     tried = []
 
-    def failing(*args: Any) -> Any:
+    def failing(*args: Any, **kwargs: Any) -> Any:
         tried.append(args)
         raise CaptureError("this one cannot")
 
