@@ -3,12 +3,15 @@
 from deepcache_fx.api import __version__ as __version__
 from deepcache_fx.api import begin as begin
 from deepcache_fx.api import condition as condition
+from deepcache_fx.api import load as load
 from deepcache_fx.api import optimize as optimize
 from deepcache_fx.api import optimized as optimized
 from deepcache_fx.api import report as report
 from deepcache_fx.api import reset as reset
 from deepcache_fx.api import restore as restore
+from deepcache_fx.api import save as save
 from deepcache_fx.api import step as step
+from deepcache_fx.artefacts.store import ProgramDirectory as ProgramDirectory
 from deepcache_fx.calibration.calibrate import calibrate as calibrate
 from deepcache_fx.drawing.draw import draw as draw
 from deepcache_fx.errors import BranchError as BranchError

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
+from deepcache_fx.artefacts.made_for import refusals
+from deepcache_fx.artefacts.store import ProgramDirectory, options_of_text
 from deepcache_fx.cards.choose import choose
 from deepcache_fx.cards.family import facts_of
 from deepcache_fx.controlnet.follow import PipelineFollower
@@ -45,6 +48,7 @@ def optimize(
     ignore: Sequence[str] | str = (),
     dynamic: bool | Literal["auto"] = False,
     example_inputs: ExampleInputs | None = None,
+    programs: str | Path | ProgramDirectory | None = None,
 ) -> T:
     """Make a UNet cache its deep feature from step to step (DeepCache, arXiv 2312.00858), as two static graphs.
 
@@ -98,6 +102,8 @@ def optimize(
             `report` says why. Backends other than eager still compile each size. A change of size within a run is a
             full step.
         example_inputs: Arguments of a UNet call, by name or position: capture now instead of at the first call.
+        programs: A directory of programs (see `save`): those that fit are loaded instead of made, and what is new is
+            added. It is trusted: name only one that nobody else can write to. With a key, a `ProgramDirectory`.
 
     Returns:
         The same object, changed in place: `optimize(pipe.unet)` and `pipe.unet = optimize(pipe.unet)` both work.
@@ -140,15 +146,64 @@ def optimize(
     runtime = unchanged or _replace(module, before, wanted)
     if pipeline is not None and not any(pipeline is follower.pipeline() for follower in runtime.followers()):
         runtime.follow(PipelineFollower(pipeline, runtime))
+    kept_before = runtime.store
+    store = ProgramDirectory(programs) if isinstance(programs, (str, Path)) else programs
+    runtime.keep_programs(module, store)
     if example_inputs is not None:
         try:
             runtime.prepare(module, runtime.reader.read_example(module, example_inputs))
         except BaseException:
+            runtime.store = kept_before
             _bring_back(module, before)
             raise
     if before is not None and not runtime.shares_programs(before) and not before.kept_by:
         before.release()
     return target
+
+
+def save(target: object, directory: str | Path, *, key: bytes | None = None) -> None:
+    """Write the programs of every signature that was captured: graphs as text, without weights (docs: "Cold start").
+
+    Args:
+        target: A UNet or pipeline that `optimize` was called on, and that has been called since.
+        directory: Made where it is not there; what it holds for other models or calls stays.
+        key: Signs the manifest (HMAC-SHA-256), so that `load` with the same key notices who has changed it.
+
+    Raises:
+        DeepCacheError: nothing was captured yet, or something cannot be written; says what.
+    """
+    module, _ = _resolve(target)
+    runtime, store = _runtime(target), ProgramDirectory(directory, key=key)
+    found = runtime.made(module)
+    if not found:
+        raise DeepCacheError("nothing was captured yet: call the model first, or give optimize example_inputs")
+    for wanted, entry in found:
+        store.write(wanted, entry)
+
+
+def load(target: T, directory: str | Path, *, key: bytes | None = None) -> T:
+    """Optimise with the options and the programs of a directory that `save` wrote: known signatures are not captured.
+
+    Every file is compared with the manifest first. A call that no program was made for is captured, with a warning that
+    says in what the nearest one differs.
+
+    Raises:
+        DeepCacheError: the directory is missing, damaged, not signed with this key, or made for other versions, another
+            device or another model; says what differs.
+    """
+    store = ProgramDirectory(directory, key=key, adds=False)
+    manifest = store.check()
+    if not manifest.programs:
+        raise DeepCacheError(f"{directory} holds no programs")
+    module, _ = _resolve(target)
+    program = next((item for item in manifest.programs if not refusals(item.made_for, module)), None)
+    if program is None:
+        nearest = min((refusals(item.made_for, module) for item in manifest.programs), key=len)
+        raise DeepCacheError(
+            f"the programs in {directory} do not fit: {'; '.join(nearest)}. Make them anew with save, or pass "
+            "programs= to optimize, which does"
+        )
+    return optimize(target, **options_of_text(program.options), programs=store)
 
 
 def _replace(module: torch.nn.Module, before: Runtime | None, wanted: Options) -> Runtime:

@@ -70,6 +70,7 @@ class ControlNetEntry:
     seconds: float = 0.0
     binding: Binding | None = None
     weights: int = -1
+    source: str | None = None
     """As those of an `Entry`."""
 
     @property

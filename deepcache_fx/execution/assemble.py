@@ -71,6 +71,10 @@ class Entry:
     """The number of the weights that it is bound to (see `fingerprint.Settings`)."""
     seconds: float = 0.0
     """Of all that made it, the capture included."""
+    source: str | None = None
+    """Where it was loaded from; None where it was captured."""
+    why_not_saved: str | None = None
+    """Why another process cannot have it."""
     many: ManySizes | None = None
     """What it is one size of, where the capture serves many."""
 
@@ -140,7 +144,7 @@ def assemble(
         if entry is None:
             raise CaptureError(f"{name} was captured for many sizes, and not for those of the call itself")
         return entry
-    made = _entry(parts.finished(options), call, options, recorders)
+    made = compiled_entry(parts.finished(options), call, options, recorders)
     let_go_of_weights(parts.captured.graph)
     return replace(made, again=again, raw=raw)
 
@@ -177,7 +181,14 @@ def divided(captured: Captured, call: Call, options: Options, name: str) -> Divi
     return Divided(captured, variants, cuts, tuple(records))
 
 
-def _entry(parts: Divided, call: Call, options: Options, recorders: MutableMapping[torch.device, Recorder]) -> Entry:
+def compiled_entry(
+    parts: Divided, call: Call, options: Options, recorders: MutableMapping[torch.device, Recorder]
+) -> Entry:
+    """The entry of finished variants.
+
+    Raises:
+        CompileError: see `compile_variants`.
+    """
     device = call.sample.device
     compiled = compiled_variants(parts.variants, options, device, why_not_recorded(options, call), recorders)
     return Entry(
@@ -220,7 +231,7 @@ class ManySizes:
         if pick_backend(self.options, call.sample.device) != "eager":
             variants = variants.with_steps({k: fixed(v.step, size) for k, v in variants.named().items()})
         parts = replace(self.parts, variants=variants).finished(self.options)
-        entry = _entry(parts, call, self.options, self.recorders)
+        entry = compiled_entry(parts, call, self.options, self.recorders)
         return replace(entry, many=self, seconds=time.perf_counter() - started)
 
 

@@ -68,6 +68,10 @@ class Structure:
     def __init__(self, parts: tuple[object, ...]) -> None:
         self._parts, self._hash = parts, hash(parts)
 
+    @property
+    def parts(self) -> tuple[object, ...]:
+        return self._parts
+
     def __hash__(self) -> int:
         return self._hash
 

@@ -12,7 +12,7 @@ from deepcache_fx.execution.compile import copies_weights, freezes, pick_backend
 from deepcache_fx.execution.cuda_graphs import RECORDERS
 from deepcache_fx.graph.capture import CAPTURE_LOCK
 from deepcache_fx.graph.weights import Stamp, stamps
-from deepcache_fx.guards.fingerprint import Fingerprint, Settings
+from deepcache_fx.guards.fingerprint import Fingerprint, Settings, Structure
 from deepcache_fx.guards.numerics import SWITCHES, read
 from deepcache_fx.guards.side_effects import SideEffects, Watched
 from deepcache_fx.options import Options
@@ -93,6 +93,16 @@ class ModelState:
     def weights(self) -> tuple[torch.Tensor, ...]:
         """All of the model's, as last looked at (see `Fingerprint.weights`)."""
         return self._fingerprint.weights()
+
+    def structure(self) -> Structure | None:
+        """As last looked at; None where the model was seen to write what its settings do not show."""
+        last = self._fingerprint.last
+        found = last.settings.structure if last is not None and not self._effects.doubts else None
+        return found if isinstance(found, Structure) else None
+
+    def objects(self) -> list[object]:
+        """Every object with attributes that the model consists of, as last looked at."""
+        return self._fingerprint.objects()
 
     @contextmanager
     def watching(self, module: torch.nn.Module, also: Iterable[object] = ()) -> Iterator[Watched]:

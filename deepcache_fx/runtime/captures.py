@@ -27,6 +27,7 @@ class Bindable(Protocol):
 
     binding: Binding | None
     weights: int
+    source: str | None
     captured: Captured
 
     def graphs(self) -> list[fx.GraphModule]:
@@ -61,7 +62,7 @@ class Captures(OrderedDict[Hashable, E]):
         self.made = 0
         """How many there have been."""
         self.captured = 0
-        """How many of them were captured; the others are of a capture that serves many sizes."""
+        """How many of them were captured; others were loaded, or are of a capture that serves many sizes."""
         self.rebound = 0
         """How often entries were bound to other weights."""
 
@@ -99,7 +100,7 @@ class Captures(OrderedDict[Hashable, E]):
                         entry = self._of_other_sizes(settings, call)
                         if entry is None:
                             entry = make(module, call)
-                            self.captured += 1
+                            self.captured += entry.source is None
                         entry.binding = Binding(entry.graphs(), model_state.weights())
                         entry.weights = settings.weights
                         self[key] = entry

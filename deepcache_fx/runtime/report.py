@@ -60,6 +60,8 @@ class CaptureReport:
     """Of arithmetic that is not PyTorch's: "fp32" or "bf16". None: in the types that the model has."""
     precision_error: float | None = None
     """Relative L2 error of the first full step in that arithmetic, against the same graph run by PyTorch."""
+    source: str | None = None
+    """The directory that its programs were loaded from; None where they were captured."""
     cuda_graphs: str = "off"
     """Whether its steps are replays of recorded CUDA graphs, or why not."""
     graphs: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -278,8 +280,9 @@ class Report:
             parts = (f"{count} at branch {branch}" for branch, count in self.calls_by_branch.items())
             lines.append(f"  shallow calls: {', '.join(parts)}")
         for item in self.signatures:
+            origin = "captured" if item.source is None else f"loaded from {item.source}:"
             lines.append(
-                f"  captured {item.inputs} in {item.capture_seconds:.1f} s: full {item.full_macs / 1e9:.3g} GMAC, "
+                f"  {origin} {item.inputs} in {item.capture_seconds:.1f} s: full {item.full_macs / 1e9:.3g} GMAC, "
                 f"{item.prompt_macs / 1e9:.3g} once per prompt"
             )
             lines += [f"    {cut.line(item.full_macs, item.refreshes)}" for cut in item.cuts]

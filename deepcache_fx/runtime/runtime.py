@@ -58,10 +58,33 @@ class Follower(Protocol):
     def report(self) -> ControlNetReport | None: ...
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Whose programs are looked for, or have been made."""
+
+    module: torch.nn.Module
+    model_class: type[torch.nn.Module]
+    call: Call
+    options: Options
+    model_state: ModelState
+    recorders: dict[torch.device, Recorder]
+
+
+class ProgramStore(Protocol):
+    """Where programs are kept between processes (see `artefacts.store.ProgramDirectory`)."""
+
+    def find(self, wanted: Wanted) -> Entry | None:
+        """The programs, where there are some that were made for exactly this."""
+
+    def add(self, wanted: Wanted, entry: Entry) -> None:
+        """Keep programs that have just been made."""
+
+
 SHALLOW_LETTERS = "stuvwxyz"
 """By cut, what a shallow step is written as in `Report.last_run`."""
 
 _FAILURES_KEPT = 64
+_CALLS_KEPT = 256
 
 _clock = itertools.count(1)
 
@@ -145,12 +168,15 @@ class Runtime:
         """By settings and call, why there are no programs, where such calls run uncached."""
         self.recorders: dict[torch.device, Recorder] = {}
         self.sizes_met = SizesMet(options)
+        self.store: ProgramStore | None = None
+        self._calls: dict[Hashable, Call] = {}
+        """By key, without their arguments: what `made` tells of."""
         self._state = ThreadState()
 
     def adopt(self, before: Runtime) -> None:
         """Take over the programs of a runtime whose options differ in the schedule alone, and what cannot have any."""
         self._entries, self.recorders, self.model_state = before._entries, before.recorders, before.model_state
-        self.device, self.sizes_met = before.device, before.sizes_met
+        self.device, self.sizes_met, self._calls = before.device, before.sizes_met, before._calls
         self.reader, self._failures = before.reader, before._failures
 
     def shares_programs(self, other: Runtime) -> bool:
@@ -469,11 +495,50 @@ class Runtime:
 
     def _make_entry(self, module: torch.nn.Module, call: Call) -> Entry:
         started = time.perf_counter()
+        empty = torch.empty(0, device=call.sample.device)
+        self._calls[call.key] = replace(call, arguments={}, tensors=(), timestep=None, sample=empty)
+        while len(self._calls) > _CALLS_KEPT:
+            del self._calls[next(iter(self._calls))]
         refuse_layerwise_offload(module, call.sample.device)
-        entry = self._captured_for_sizes(module, call) or self._captured(module, call)
+        entry = self._loaded(module, call)
+        if entry is None:
+            before = self.model_state.settings(module, call.sample.device, at_run_start=True)
+            entry = self._captured_for_sizes(module, call) or self._captured(module, call)
+            after = self.model_state.settings(module, call.sample.device, at_run_start=True)
+            if before.structure != after.structure:
+                entry.why_not_saved = "its first forward changed the model's settings, which programs would not"
         self.device = call.sample.device
         entry.seconds = time.perf_counter() - started
+        if self.store is not None and entry.source is None:
+            self.store.add(self._wanted(module, call), entry)
         return entry
+
+    def _loaded(self, module: torch.nn.Module, call: Call) -> Entry | None:
+        if self.store is None:
+            return None
+        self.sizes_met.note(call)
+        return self.store.find(self._wanted(module, call))
+
+    def _wanted(self, module: torch.nn.Module, call: Call) -> Wanted:
+        return Wanted(module, self.model_class, call, self.options, self.model_state, self.recorders)
+
+    def made(self, module: torch.nn.Module) -> list[tuple[Wanted, Entry]]:
+        """What was made or loaded and is still there, under the settings that the model has now."""
+        found = []
+        entries = dict(self._entries)
+        for call in list(self._calls.values()):
+            settings = self.model_state.settings(module, call.sample.device, at_run_start=True)
+            entry = entries.get((settings.structure, call.key))
+            if entry is not None:
+                found.append((self._wanted(module, call), entry))
+        return found
+
+    def keep_programs(self, module: torch.nn.Module, store: ProgramStore | None) -> None:
+        """Load from this store and add to it from now on, beginning with what was made before; None: from none."""
+        self.store = store
+        if store is not None:
+            for wanted, entry in self.made(module):
+                store.add(wanted, entry)
 
     def _captured_for_sizes(self, module: torch.nn.Module, call: Call) -> Entry | None:
         """An entry whose capture serves many sizes; None where that is not wanted, or cannot be."""
@@ -531,6 +596,7 @@ class Runtime:
                 precision_error=entry.compiled.called.compilation.error,
                 cuda_graphs=entry.programs.cuda_graphs(),
                 graphs=Listings(entry.variants),
+                source=entry.source,
             )
             for entry in tuple(self._entries.values())
         )

@@ -33,6 +33,10 @@ class SizesMet:
             return False
         return True
 
+    def note(self, call: Call) -> None:
+        """Programs for this call may come from elsewhere: another size is the second one."""
+        self._first.setdefault(family(call), sizes_of(call))
+
     def captured(self, sizes: str) -> None:
         """A capture was made for the sizes that this describes."""
         when = "at the second size" if self._options.dynamic == "auto" else "dynamic=True"
