@@ -96,8 +96,6 @@ def decode(
         Unreadable: they are none of a graph, or name a weight that there is not.
     """
     try:
-        with mode:
-            values = [_fake(item) for item in text["values"]]
         graph, known, root = fx.Graph(), dict[str, fx.Node](), dict[str, Any]()
         for record in text["nodes"]:
             op, name = record["op"], record["name"]
@@ -116,7 +114,8 @@ def decode(
             elif op != "placeholder":
                 raise Unreadable(f"{name} is a {op}")
             node = graph.create_node(op, target, args, kwargs, name=name)
-            node.meta["val"] = values[record["val"]]
+            with mode:  # one for each node: who traces the graph again knows its inputs by their very objects
+                node.meta["val"] = _fake(text["values"][record["val"]])
             if "path" in record:
                 node.meta["nn_module_stack"] = {"": (f"model.{record['path']}", "")}
             known[name] = node

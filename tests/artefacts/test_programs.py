@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import deepcache_fx
 from deepcache_fx import DeepCacheError
 from deepcache_fx.artefacts.manifest import Program, add_program, described, read_manifest, sealed
+from deepcache_fx.runtime.attach import runtime_of
 from tests import models, small
 from tests.families import examples, thorough
 
@@ -264,3 +265,15 @@ def test_a_damaged_manifest_is_replaced(tmp_path: Path) -> None:
 
 def _program(name: str) -> Program:
     return Program({f"{name}.json": described(b"{}")}, {"call": name}, {}, name)
+
+
+def test_every_node_of_a_loaded_graph_has_a_value_of_its_own(saved: tuple[Path, torch.Tensor]) -> None:
+    """OpenVINO's way traces the graph again, and would take inputs that share one for the same."""
+    unet = deepcache_fx.load(_unet(), saved[0])
+    _steps(unet, count=1)
+    runtime = runtime_of(unet)
+    assert runtime is not None
+    [(_, entry)] = runtime.made(unet)
+    found = [node.meta["val"] for node in entry.variants.full.step.graph.find_nodes(op="placeholder")]
+    found += [node.meta["val"] for node in entry.variants.full.step.graph.find_nodes(op="get_attr")]
+    assert len(set(map(id, found))) == len(found) > 3
