@@ -211,7 +211,7 @@ class ControlNetRuntime:
         started = time.perf_counter()
         refuse_layerwise_offload(module, call.sample.device)
         with self.model_state.watching(module, call.objects()) as watched:
-            captured = capture(module, call, self.reader, self.model_class)
+            captured = capture(module, call, self.reader, self.model_class, traced=watched.traced)
             watched.captured(captured.graph)
         entry = assemble_controlnet(captured, call, self._options, self._recorders)
         entry.seconds = time.perf_counter() - started

@@ -90,9 +90,11 @@ def capture(
     model_class: type[torch.nn.Module] | None = None,
     *,
     dynamic: bool = False,
+    traced: Callable[[], object] = lambda: None,
 ) -> Captured:
     """Capture `module` for calls like this one (see `Captured`). `model_class` is the class whose forward is meant.
-    With `dynamic` the batch and the sizes of feature maps are symbols (see `sizes`).
+    `traced` is called whenever the model's forward has returned, before `torch.export` gives attributes back the values
+    that they had. With `dynamic` the batch and the sizes of feature maps are symbols (see `sizes`).
 
     `torch.export` in its non-strict form. Where the model writes in place, an empty decomposition table makes the graph
     functional and keeps linear, conv, norms and attention whole; where it does not, the graph is functional as it is,
@@ -112,6 +114,7 @@ def capture(
         args, kwargs = reader.rebuild(call, given)
         result = model_class.forward(model, *args, **kwargs)
         left.extend(tensors_left(args, kwargs, given))
+        traced()
         return result
 
     with CAPTURE_LOCK, as_parameters(module), torch.no_grad(), warnings.catch_warnings():

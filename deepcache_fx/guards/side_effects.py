@@ -10,7 +10,7 @@ import types
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -33,8 +33,15 @@ _MANY = 10_000
 class Watched:
     """A capture that is under way: whoever makes it says what came of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: _Memory) -> None:
+        self._before = before
         self.graph: fx.GraphModule | None = None
+        self.written: list[_Written] = []
+        """What forward itself left behind: `torch.export` gives attributes that were there the values that they had."""
+
+    def traced(self) -> None:
+        """The model's forward has returned, and nobody has tidied up behind it yet."""
+        self.written = self._before.written()
 
     def captured(self, graph: fx.GraphModule) -> None:
         """The graph: it may hold FakeTensors of the capture, nothing else may."""
@@ -74,7 +81,7 @@ class SideEffects:
         self._refuse_known(own, reached)
         before = _Memory([*own, *reached.namespaces])
         sizes = [memo.cache_info() for memo in reached.memos]
-        watched = Watched()
+        watched = Watched(before)
         try:
             yield watched
         except BaseException:
@@ -84,7 +91,12 @@ class SideEffects:
             for memo, size in zip(reached.memos, sizes, strict=True):
                 if memo.cache_info() != size:
                     memo.cache_clear()  # it may remember results without values
-        reason = self._judge(before, {space.key for space in own})
+        anew = _made_anew(objects)
+        watched.written = [item for item in watched.written if item.holder not in anew]
+        for item in watched.written:
+            if not item.holds_tensor and item.is_there:
+                item.space.put(item.name, item.value)  # as after a call of the model: the next capture sees it
+        reason = self._judge(before, {space.key for space in own}, watched.written)
         strays = remove_strays(watched.graph) if watched.graph is not None else []
         if strays and reason is None:
             before.bring_back()
@@ -101,19 +113,23 @@ class SideEffects:
         if reasons:
             raise Uncapturable(reasons[0])
 
-    def _judge(self, before: _Memory, own: set[Hashable]) -> str | None:
+    def _judge(self, before: _Memory, own: set[Hashable], traced: Iterable[_Written]) -> str | None:
         """Why the capture counts for nothing, if so: then all is as it was."""
-        written = before.written()
+        written = [*before.written(), *traced]
         if not written:
             before.bring_back()  # a scale that was multiplied and divided again, but for rounding
             return None
-        refused = {h: _sentence(label, h[1]) for h, label, tensor in written if tensor or h in self._written}
+        refused = {
+            item.holder: _sentence(item.space.label, item.name)
+            for item in written
+            if item.holds_tensor or item.holder in self._written
+        }
         if refused:
             before.bring_back()
             self._refused |= refused
             return next(iter(refused.values()))
-        self._written.update(holder for holder, _, _ in written)
-        self.doubts += any(key not in own for (key, _), _, _ in written)
+        self._written.update(item.holder for item in written)
+        self.doubts += any(item.space.key not in own for item in written)
         return None
 
 
@@ -134,9 +150,34 @@ def _refuse_hooks(module: torch.nn.Module) -> None:
             raise Uncapturable(f"{place} has a forward hook ({label}), which a graph would not call")
 
 
+def _made_anew(objects: Iterable[object]) -> set[_Holder]:
+    """What PyTorch's own hooks write before every forward: weight_norm's weight, say."""
+    return {
+        (instance(item, NOT_STATE).key, hook.name)
+        for item in objects
+        if isinstance(item, torch.nn.Module)
+        for hook in item._forward_pre_hooks.values()
+        if hasattr(hook, "name")
+    }
+
+
 def _sentence(label: str, name: str | None) -> str:
     what = "" if name is None else f" ({name})"
     return f"{label} keeps something of each call{what}, which a graph would not"
+
+
+class _Written(NamedTuple):
+    """A name that stands for something else than before, or for nothing."""
+
+    space: Namespace
+    name: str
+    value: Any
+    is_there: bool
+    holds_tensor: bool
+
+    @property
+    def holder(self) -> _Holder:
+        return self.space.key, self.name
 
 
 class _Memory:
@@ -149,16 +190,16 @@ class _Memory:
             for space in namespaces
         ]
 
-    def written(self) -> list[tuple[_Holder, str, bool]]:
-        """What has changed since: where, how to say that, and whether a tensor was left there."""
+    def written(self) -> list[_Written]:
+        """What has changed since."""
         found = []
         for space, before in self._before:
             now = space.items()
             for name in [name for name in before if name not in now]:
-                found.append(((space.key, name), space.label, False))
+                found.append(_Written(space, name, None, False, False))
             for name, value in now.items():
                 if name not in before or before[name][1] != _state(value, {}):
-                    found.append(((space.key, name), space.label, _holds_tensor(value)))
+                    found.append(_Written(space, name, value, True, _holds_tensor(value)))
         return found
 
     def bring_back(self) -> None:

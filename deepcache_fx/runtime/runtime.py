@@ -562,7 +562,7 @@ class Runtime:
 
     def _captured(self, module: torch.nn.Module, call: Call, *, dynamic: bool = False) -> Entry:
         with self.model_state.watching(module, call.objects()) as watched:
-            captured = capture(module, call, self.reader, self.model_class, dynamic=dynamic)
+            captured = capture(module, call, self.reader, self.model_class, dynamic=dynamic, traced=watched.traced)
             watched.captured(captured.graph)
         name = self.model_class.__name__
         return assemble(captured, call, self.options, name=name, recorders=self.recorders)

@@ -371,3 +371,56 @@ def test_a_model_that_somebody_traces_runs_its_own_forward() -> None:
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         with pytest.warns(UserWarning, match="under a FakeTensorMode"):
             assert is_fake(model(*map(mode.from_tensor, inputs)))
+
+
+class Prepares(CompVisUNet):
+    """Writes, in its first forward, what later ones read, into an attribute that is there from the beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset: float | None = None
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        result = super().forward(x, timesteps, context)
+        if self.offset is None:
+            self.offset = 1.0
+            return result
+        return result + self.offset
+
+
+class Counts(CompVisUNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x, timesteps, context) * self.calls
+
+
+class KeepsItsOutput(CompVisUNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        self.last = super().forward(x, timesteps, context)
+        return self.last
+
+
+@pytest.mark.filterwarnings("ignore:.*runs uncached.*", "ignore:The tensor attribute")
+@pytest.mark.parametrize("model", [Prepares, Counts, KeepsItsOutput])
+def test_what_forward_writes_into_an_attribute_that_was_there_is_as_after_a_call(model: type[CompVisUNet]) -> None:
+    """`torch.export` gives such attributes back what they were before it."""
+    unet, plain = model(), model()
+    plain.load_state_dict(unet.state_dict())
+    deepcache_fx.optimize(unet, interval=1, **TO_THE_BIT)
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 6)
+    with torch.no_grad():
+        for timestep in (9, 8, 7, 6):
+            given = x, torch.full((2,), timestep), context
+            assert torch.equal(unet(*given), plain(*given))
+    for name in ("offset", "calls"):
+        assert getattr(unet, name, None) == getattr(plain, name, None)
+    if isinstance(unet, KeepsItsOutput) and isinstance(plain, KeepsItsOutput):
+        assert torch.equal(unet.last, plain.last)
