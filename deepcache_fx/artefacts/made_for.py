@@ -23,7 +23,7 @@ from deepcache_fx.artefacts.graph_text import Unreadable
 from deepcache_fx.execution.compile import name_of, pick_backend
 from deepcache_fx.graph.identity import Same
 from deepcache_fx.guards.fingerprint import NOT_STATE
-from deepcache_fx.guards.numerics import SWITCHES, read
+from deepcache_fx.guards.numerics import SWITCHES, read, settled
 from deepcache_fx.guards.reached_code import Reached
 from deepcache_fx.options import Options
 from deepcache_fx.runtime.runtime import Wanted
@@ -64,7 +64,7 @@ def made_for(wanted: Wanted) -> dict[str, str]:
         "package deepcache-fx": _own_digest(),
         **versions(),
         "device": device_text(device),
-        "switches of PyTorch": repr(tuple(map(read, SWITCHES))),
+        "switches of PyTorch": repr(settled(map(read, SWITCHES))),
         "default dtype": str(torch.get_default_dtype()),
         "model class": _name(wanted.model_class),
         "model configuration": _config_text(wanted.module),

@@ -13,7 +13,7 @@ from deepcache_fx.execution.cuda_graphs import RECORDERS
 from deepcache_fx.graph.capture import CAPTURE_LOCK
 from deepcache_fx.graph.weights import Stamp, stamps
 from deepcache_fx.guards.fingerprint import Fingerprint, Settings, Structure
-from deepcache_fx.guards.numerics import SWITCHES, read
+from deepcache_fx.guards.numerics import SWITCHES, read, settled
 from deepcache_fx.guards.side_effects import SideEffects, Watched
 from deepcache_fx.options import Options
 
@@ -50,7 +50,7 @@ class ModelState:
             return settings
         frozen, known = tuple(map(read, SWITCHES)) if is_freezing else None, self._last_extended
         if known is None or known[0] is not settings or known[1] != doubts or known[2] != frozen:
-            more = Settings((settings.structure, doubts, frozen), settings.weights)
+            more = Settings((settings.structure, doubts, frozen and settled(frozen)), settings.weights)
             known = self._last_extended = settings, doubts, frozen, more
         return known[3]  # the same object for the same
 

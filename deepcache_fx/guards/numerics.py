@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from functools import partial
 from operator import methodcaller
 
@@ -31,3 +32,8 @@ Read by `tuple(map(read, SWITCHES))`, at every step: without a Python call for e
 """
 
 read = methodcaller("__call__")
+
+
+def settled(values: Iterable[Hashable]) -> tuple[Hashable, ...]:
+    """What the switches say, where a precision that nobody has set is that of float32 itself."""
+    return tuple("ieee" if value == "none" else value for value in values)

@@ -164,7 +164,7 @@ def test_what_cannot_be_captured_is_tried_once_and_not_in_every_run(monkeypatch:
     from deepcache_fx.runtime import runtime
 
     tried, capture = [], runtime.capture
-    monkeypatch.setattr(runtime, "capture", lambda *args: (tried.append(args), capture(*args))[1])
+    monkeypatch.setattr(runtime, "capture", lambda *args, **more: (tried.append(args), capture(*args, **more))[1])
     patcher = Patcher(Model())
     patcher.options = {"patches": {"output_block_patch": [reads("uuids")]}}
     model = cached(patcher)

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deepcache_fx
 from deepcache_fx.execution import cuda_graphs
-from deepcache_fx.guards.numerics import SWITCHES, read
+from deepcache_fx.guards.numerics import SWITCHES, read, settled
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
 
@@ -51,10 +51,10 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_seen_and_its_undoing(name: str) -> None:
-    before = tuple(map(read, SWITCHES))
+    before = settled(map(read, SWITCHES))
     with CHANGES[name]():
-        assert tuple(map(read, SWITCHES)) != before
-    assert tuple(map(read, SWITCHES)) == before
+        assert settled(map(read, SWITCHES)) != before
+    assert settled(map(read, SWITCHES)) == before
 
 
 def test_recorded_programs_are_made_anew_for_other_switches_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:

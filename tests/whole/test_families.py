@@ -47,7 +47,7 @@ def test_a_property_is_tried_with_more_examples_in_make_test_all() -> None:
 @pytest.mark.parametrize("thorough", [False, True])
 def test_every_test_is_run_by_a_target_and_properties_by_two(gpu: bool, hypothesis: bool, thorough: bool) -> None:
     expressions = dict(re.findall(r"^(test\S*):.*\n.* -m (?:\"([^\"]+)\"|gpu)", MAKEFILE.read_text(), re.MULTILINE))
-    names = {"gpu": gpu, "hypothesis": hypothesis, "thorough": thorough, "comfyui": False}
+    names = {"gpu": gpu, "hypothesis": hypothesis, "thorough": thorough, "comfyui": False, "web": False}
     targets = {name for name, text in expressions.items() if eval(text or "gpu", {}, names)}
     if gpu:
         assert targets == {"test-gpu"}
