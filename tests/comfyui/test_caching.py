@@ -260,7 +260,8 @@ def test_a_run_within_a_run_leaves_both_right() -> None:
         return executor(*args)
 
     outer.add_wrapper_with_key("predict_noise", "nested", nested)
-    assert torch.allclose(sample(outer), sample(patcher), rtol=1e-4)  # in doubt every evaluation is full
+    uncached = sample(patcher)
+    assert (sample(outer) - uncached).norm() <= 1e-5 * uncached.norm()  # in doubt every evaluation is full
     assert trace(inner) == "FsF"
     outer.remove_wrappers_with_key("predict_noise", "nested")
     assert torch.equal(sample(outer), expected)
