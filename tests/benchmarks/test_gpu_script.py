@@ -32,7 +32,7 @@ def test_a_dry_run_leaves_every_kind_of_result_and_the_table_of_targets(tmp_path
     arms = {(row["case"]["arm"], row["case"]["interval"]): row["status"] for row in rows}
     assert arms["ours-eager", 2] == arms["ours-eager", 3] == arms["eager", 1] == "measured"
     assert (out / "kernels.json").exists()
-    assert "skipped" in (out / "logs" / "gpu-tests.log").read_text()
+    assert "SKIPPED" in (out / "logs" / "gpu-tests.log").read_text()
     assert "conv" in (out / "logs" / "beside-tiny.log").read_text()
     assert "| cuda | sd15 |" in (out / "targets.md").read_text()
 
