@@ -34,14 +34,20 @@ class Watched:
     """A capture that is under way: whoever makes it says what came of it."""
 
     def __init__(self, before: _Memory) -> None:
-        self._before = before
+        self._before: _Memory | None = before
         self.graph: fx.GraphModule | None = None
         self.written: list[_Written] = []
         """What forward itself left behind: `torch.export` gives attributes that were there the values that they had."""
 
     def traced(self) -> None:
         """The model's forward has returned, and nobody has tidied up behind it yet."""
-        self.written = self._before.written()
+        if self._before is not None:
+            self.written = self._before.written()
+
+    def over(self) -> None:
+        """The capture is made: what it called `traced` by may live on in a cycle, and is to keep nothing alive."""
+        self._before = self.graph = None
+        self.written = []
 
     def captured(self, graph: fx.GraphModule) -> None:
         """The graph: it may hold FakeTensors of the capture, nothing else may."""
@@ -86,18 +92,20 @@ class SideEffects:
             yield watched
         except BaseException:
             before.bring_back()
+            watched.over()
             raise
         finally:
             for memo, size in zip(reached.memos, sizes, strict=True):
                 if memo.cache_info() != size:
                     memo.cache_clear()  # it may remember results without values
-        anew = _made_anew(objects)
-        watched.written = [item for item in watched.written if item.holder not in anew]
-        for item in watched.written:
+        keys, anew, graph = {space.key for space in own}, _made_anew(objects), watched.graph
+        traced = [item for item in watched.written if item.space.key in keys and item.holder not in anew]
+        watched.over()
+        for item in traced:
             if not item.holds_tensor and item.is_there:
                 item.space.put(item.name, item.value)  # as after a call of the model: the next capture sees it
-        reason = self._judge(before, {space.key for space in own}, watched.written)
-        strays = remove_strays(watched.graph) if watched.graph is not None else []
+        reason = self._judge(before, keys, traced)
+        strays = remove_strays(graph) if graph is not None else []
         if strays and reason is None:
             before.bring_back()
             reason = self._strays[frozenset(reached.codes)] = _sentence(" and ".join(strays), None)
