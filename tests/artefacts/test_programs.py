@@ -121,6 +121,7 @@ def test_programs_are_made_once_and_then_loaded(tmp_path: Path) -> None:
     assert (deepcache_fx.report(first).captures, deepcache_fx.report(second).captures) == (1, 0)
 
 
+@thorough
 def test_a_changed_setting_is_captured_anew(saved: tuple[Path, torch.Tensor]) -> None:
     directory, _ = saved
     unet = _unet()
@@ -150,6 +151,7 @@ def test_other_versions_and_devices_are_refused_by_name(
         deepcache_fx.load(_unet(), tmp_path)
 
 
+@thorough
 def test_a_pass_of_the_users_is_not_written(tmp_path: Path) -> None:
     unet = _unet()
     deepcache_fx.optimize(unet, passes=[lambda graph: None])
@@ -199,6 +201,7 @@ def test_damaged_files_are_never_run(
     assert torch.equal(found, image)
 
 
+@thorough
 def test_an_optimised_model_adds_what_it_has_and_later_keeps_no_directory(tmp_path: Path) -> None:
     unet = _unet()
     deepcache_fx.optimize(unet)

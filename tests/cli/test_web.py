@@ -10,6 +10,7 @@ import pytest
 
 from deepcache_fx.cli import web
 from tests.command import refused
+from tests.families import thorough
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +36,7 @@ def test_a_wrong_argument_is_one_line() -> None:
     refused(["web", "--port", "70000"], "'--port'")
 
 
+@thorough
 def test_other_commands_import_no_gradio() -> None:
     code = "import sys, deepcache_fx.cli.app; sys.exit('gradio' in sys.modules or 'uvicorn' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

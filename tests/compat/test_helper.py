@@ -18,7 +18,7 @@ from deepcache_fx.compat import DeepCacheSDHelper
 from deepcache_fx.compat.published import helper_branch
 from deepcache_fx.runtime.attach import runtime_of
 from tests import models, oracles, small
-from tests.families import examples, family
+from tests.families import examples, family, thorough
 from tests.pipelines import NO_CHECKER, like_sd, picture
 
 SCHEDULERS = {
@@ -66,6 +66,7 @@ def test_every_interval_gives_the_published_latents_with_every_scheduler(name: s
     helper.disable()
 
 
+@thorough
 @pytest.mark.parametrize("layers", family((1, 2, 3), 1))
 def test_every_branch_gives_the_published_latents_beyond_the_last_too(layers: int) -> None:
     pipe = models.sd_pipeline(models.sd_unet(**{**small.LEVELS, "layers_per_block": layers}))
@@ -76,6 +77,7 @@ def test_every_branch_gives_the_published_latents_beyond_the_last_too(layers: in
             assert close(generate(pipe, steps=5), expected), branch
 
 
+@thorough
 def test_pndm_from_an_image_gives_the_published_latents_at_every_strength() -> None:
     pipe = like_sd(diffusers.StableDiffusionImg2ImgPipeline, **NO_CHECKER)
     pipe.scheduler = SCHEDULERS["pndm"](pipe.scheduler.config)
@@ -136,6 +138,7 @@ def test_enabling_again_captures_nothing_anew_and_params_count_at_once() -> None
         assert runtime_of(pipe.unet) is None
 
 
+@thorough
 def test_what_optimize_had_attached_comes_back() -> None:
     pipe = deepcache_fx.optimize(small.pipeline(), interval=7, backend="eager")
     with ours(pipe, 3, 0):

@@ -19,7 +19,7 @@ from deepcache_fx import compat
 from deepcache_fx.runtime.attach import runtime_of
 from tests import models, small
 from tests.compat.settings import RECORDED, SETTINGS, latents, name, pipeline
-from tests.families import family
+from tests.families import family, thorough
 
 CLASSES = {
     "sd": (compat.StableDiffusionPipeline, diffusers.UNet2DConditionModel),
@@ -66,7 +66,7 @@ ALL = [(f"{kind} {name(one)}", kind, one) for kind, settings in SETTINGS.items()
 PLMS = [which for which, kind, one in ALL if kind == "sd" and (one["scheduler"], one["steps"]) == ("pndm", 20)]
 
 
-@pytest.mark.parametrize(("which", "kind", "setting"), family(ALL, *PLMS))
+@pytest.mark.parametrize(("which", "kind", "setting"), family(ALL, *PLMS[1:3]))
 def test_every_setting_gives_the_published_latents(which: str, kind: str, setting: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # settings that cache nothing
@@ -122,6 +122,7 @@ def test_bad_settings_are_refused_and_the_pipeline_goes_on(arguments: dict[str, 
     assert run(pipe).isfinite().all()
 
 
+@thorough
 def test_a_call_that_raises_leaves_the_cache_off_and_the_next_is_as_a_fresh_one() -> None:
     pipe = of_diffusers(plain_pipeline())
     cached = run(pipe, cache_interval=3, **ON)

@@ -104,6 +104,7 @@ def test_two_calls_a_step_share_the_buffers_without_mixing_their_features(record
     assert recorders[0].kept > 0  # moved in from memory of their own
 
 
+@thorough
 def test_sizes_share_one_recorder_and_keep_their_own_graphs(recorders: list[FakeRecorder]) -> None:
     unet, plain = recorded(), called()
     for size in (8, 16, 8, 16):
@@ -502,6 +503,7 @@ def test_ten_alternations_make_nothing_again(
 # Other threads.
 
 
+@thorough
 def test_no_weight_moves_between_the_look_at_its_address_and_the_replay(
     recorders: list[FakeRecorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from deepcache_fx.execution.first_call import CompiledAtFirstCall, Toolchain
 from deepcache_fx.options import Options
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
+from tests.families import family, thorough
 
 TIMESTEPS = torch.arange(950, -1, -50)[:6]
 
@@ -83,7 +84,7 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_triton")
-@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("graphs", family([True, False], True))
 def test_auto_runs_the_graphs_with_one_warning_recorded_or_not(graphs: bool) -> None:
     expected = denoise(deepcache_fx.optimize(CompVisUNet(), backend="eager"), TIMESTEPS)
     unet = deepcache_fx.optimize(CompVisUNet(), cuda_graphs=graphs)
@@ -99,6 +100,7 @@ def broken_compiler(graph: Any, inputs: Any) -> Any:
     raise RuntimeError("ptxas not found")
 
 
+@thorough
 def test_a_named_backend_that_cannot_compile_leaves_the_model_as_it_was() -> None:
     unet = CompVisUNet()
     expected = denoise(unet, TIMESTEPS)
@@ -108,6 +110,7 @@ def test_a_named_backend_that_cannot_compile_leaves_the_model_as_it_was() -> Non
     assert torch.equal(denoise(unet, TIMESTEPS), expected)
 
 
+@thorough
 def test_or_runs_it_uncached_if_that_is_wished() -> None:
     expected = denoise(CompVisUNet(), TIMESTEPS)
     unet = deepcache_fx.optimize(CompVisUNet(), backend=broken_compiler, on_failure="uncached")

@@ -12,6 +12,7 @@ from deepcache_fx.graph.signature import Call, CallReader
 from deepcache_fx.graph.sizes import at, family, fixed, free_axes
 from passes.shared.sizes import is_size
 from tests.compvis import CompVisUNet
+from tests.families import thorough
 
 MODEL = CompVisUNet()
 READER = CallReader(CompVisUNet.forward)
@@ -35,6 +36,7 @@ def captured() -> Captured:
     return capture(MODEL, call(), READER, dynamic=True)
 
 
+@thorough
 @pytest.mark.parametrize("sizes", [(2, 8, 12), (3, 6, 14), (5, 16, 4)])
 @torch.no_grad()
 def test_the_graph_gives_what_the_model_gives_to_the_bit(captured: Captured, sizes: tuple[int, int, int]) -> None:
@@ -79,6 +81,7 @@ def test_other_strides_types_and_relations_are_not_served(captured: Captured) ->
         assert captured.sizes.values(others) is None
 
 
+@thorough
 def test_a_reader_is_told_the_inputs(captured: Captured) -> None:
     assert captured.sizes is not None
     assert captured.sizes.describe() == "batchx4xheightxwidth, batch, batchx3x6"

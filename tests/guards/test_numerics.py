@@ -14,6 +14,7 @@ from deepcache_fx.execution import cuda_graphs
 from deepcache_fx.guards.numerics import SWITCHES, read, settled
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
+from tests.families import thorough
 
 TIMESTEPS = torch.arange(950, -1, -50)[:4]
 
@@ -71,6 +72,7 @@ def test_recorded_programs_are_made_anew_for_other_switches_and_kept(monkeypatch
     assert deepcache_fx.report(called).captures == 1, "operators that are called read the switches each time"
 
 
+@thorough
 def test_a_change_within_a_run_makes_a_full_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", FakeRecorder)
     unet = deepcache_fx.optimize(CompVisUNet(), interval=10, backend="eager", cuda_graphs=True)
@@ -84,6 +86,7 @@ def test_a_change_within_a_run_makes_a_full_step(monkeypatch: pytest.MonkeyPatch
     assert deepcache_fx.report(unet).last_run == "FsFs"
 
 
+@thorough
 def test_another_default_dtype_changes_no_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", FakeRecorder)
     unet, plain = CompVisUNet(), CompVisUNet()

@@ -83,6 +83,7 @@ def test_visitors_in_turn_each_get_the_picture_of_a_pipeline_of_their_own(studio
         assert np.array_equal(pixels(make(studio, settings).cached.png), by_hand(settings)), settings
 
 
+@thorough
 def test_a_comparison_has_both_pictures_times_and_likeness(studio: Studio) -> None:
     found = make(studio, ASKED, compare=True)
     assert np.array_equal(pixels(found.uncached.png), by_hand(ASKED, cached=False))
@@ -117,6 +118,7 @@ def test_a_stopped_run_spoils_no_later_one(studio: Studio) -> None:
     assert np.array_equal(pixels(make(studio, ASKED).cached.png), by_hand(ASKED))
 
 
+@thorough
 def test_every_step_of_every_stage_is_told(studio: Studio) -> None:
     told: list[tuple[str, int, int]] = []
     settings = replace(ASKED, forecast="2")  # nothing is prepared for these yet
@@ -127,6 +129,7 @@ def test_every_step_of_every_stage_is_told(studio: Studio) -> None:
         assert [(done, total) for name, done, total in told if name == stage] == [(n, 6) for n in range(7)]
 
 
+@thorough
 @pytest.mark.parametrize(
     "settings",
     [
