@@ -18,6 +18,7 @@ import deepcache_fx
 from deepcache_fx import BranchError, DeepCacheError
 from tests import models
 from tests.compvis import CompVisUNet, denoise
+from tests.families import family, thorough
 
 TIMESTEPS = torch.arange(900, 0, -100)
 INPUTS: dict[str, Any] = {
@@ -171,6 +172,7 @@ def test_a_compiled_unet_is_refused() -> None:
         deepcache_fx.optimize(unet)
 
 
+@thorough
 def test_copies_and_pickles_are_plain_and_work() -> None:
     unet = deepcache_fx.optimize(CompVisUNet(), backend="eager")
     expected = denoise(CompVisUNet(), TIMESTEPS)
@@ -189,6 +191,7 @@ def test_copies_and_pickles_are_plain_and_work() -> None:
     assert b"deepcache_fx" not in pickle.dumps(unet)
 
 
+@thorough
 def test_saving_writes_the_plain_model(tmp_path: Any) -> None:
     pipe = deepcache_fx.optimize(models.sd_pipeline(), backend="eager")
     models.generate(pipe, 2)
@@ -202,7 +205,7 @@ def test_saving_writes_the_plain_model(tmp_path: Any) -> None:
     assert type(copied) is diffusers.DDIMScheduler
 
 
-@pytest.mark.parametrize("hook_first", [True, False])
+@pytest.mark.parametrize("hook_first", family([True, False], True))
 def test_accelerate_hooks_before_or_after_do_not_tear_it_off(hook_first: bool) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
@@ -273,6 +276,7 @@ def test_inputs_that_do_not_fit_leave_what_was_there() -> None:
     assert deepcache_fx.report(unet).schedule == "Uniform(interval=7)"
 
 
+@thorough
 def test_a_replaced_scheduler_is_followed() -> None:
     pipe = deepcache_fx.optimize(models.sd_pipeline(), backend="eager")
     models.generate(pipe, 4)
@@ -283,6 +287,7 @@ def test_a_replaced_scheduler_is_followed() -> None:
     assert type(old) is diffusers.DDIMScheduler
 
 
+@thorough
 def test_the_package_imports_no_slower_than_what_it_builds_on() -> None:
     def modules(statement: str) -> set[str]:
         code = f"import sys; {statement}; print(*sys.modules)"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,7 +114,8 @@ def capture(
 
     def forward(model: torch.nn.Module, given: list[torch.Tensor]) -> Any:
         args, kwargs = reader.rebuild(call, given)
-        result = model_class.forward(model, *args, **kwargs)
+        with _others_untraced():
+            result = model_class.forward(model, *args, **kwargs)
         left.extend(tensors_left(args, kwargs, given))
         traced()
         return result
@@ -157,10 +160,50 @@ def capture(
     return Captured(flat, out_spec, Sizes.of(flat.graph) if dynamic else None)
 
 
+@contextmanager
+def _others_untraced() -> Iterator[None]:
+    """Keep what other threads do out of the trace under way in this one.
+
+    `torch.fx` traces by replacing `torch.nn.Module.__call__` and `__getattr__`, for every module and every thread: a
+    model of another thread would be traced as if it were called here.
+    """
+    traced, thread = {name: getattr(torch.nn.Module, name) for name in _UNTRACED}, threading.get_ident()
+
+    def by_thread(name: str) -> Callable[..., Any]:
+        within, outside = traced[name], _UNTRACED[name]
+        return functools.wraps(within)(
+            lambda *args, **kwargs: (within if threading.get_ident() == thread else outside)(*args, **kwargs)
+        )
+
+    for name in traced:
+        setattr(torch.nn.Module, name, by_thread(name))
+    try:
+        yield
+    finally:
+        for name, method in traced.items():
+            setattr(torch.nn.Module, name, method)
+
+
+_UNTRACED: dict[str, Callable[..., Any]] = {
+    "__call__": torch.nn.Module.__call__,
+    "__getattr__": torch.nn.Module.__getattr__,
+}
+
+
 def _export_for_sizes(module: _ByPosition, named: Mapping[str, torch.Tensor]) -> torch.export.ExportedProgram:
     """Export with symbols for sizes; inputs have the names that they have elsewhere."""
     free = [dict.fromkeys(free_axes(tensor), torch.export.Dim.AUTO) or None for tensor in named.values()]
     return torch.export.export(module, tuple(named.values()), strict=False, dynamic_shapes={"tensors": tuple(free)})
+
+
+def is_compiling_here() -> bool:
+    """True within a compilation. `torch.compiler` tells of the whole process; what others capture is waited for:
+    until then the model holds stand-ins of its weights.
+    """
+    if not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
+        return torch.compiler.is_compiling()
+    with CAPTURE_LOCK:  # this thread goes on at once where the capture is its own
+        return torch.compiler.is_compiling()
 
 
 def refuse_layerwise_offload(module: torch.nn.Module, device: torch.device | None = None) -> None:

@@ -17,7 +17,7 @@ from deepcache_fx.errors import CompileError, DeepCacheError, ScheduleError, Unc
 from deepcache_fx.execution.assemble import Entry, assemble
 from deepcache_fx.execution.compile import name_of, pick_backend
 from deepcache_fx.execution.cuda_graphs import Recorder
-from deepcache_fx.graph.capture import capture, refuse_layerwise_offload
+from deepcache_fx.graph.capture import capture, is_compiling_here, refuse_layerwise_offload
 from deepcache_fx.graph.lazy import all_computed, computed
 from deepcache_fx.graph.listing import Listings
 from deepcache_fx.graph.signature import Call, CallReader, UnsupportedInput
@@ -626,7 +626,7 @@ class Runtime:
 
 def why_original(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     """Why this call must run the model's own forward, or None."""
-    if torch.compiler.is_compiling():
+    if is_compiling_here():
         return "called inside another compilation"
     if torch.is_grad_enabled():
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]

@@ -36,7 +36,7 @@ from benchmarks.fidelity.targets import targets
 from benchmarks.speed.report import is_results
 from deepcache_fx.comparing.loading import LoadError
 from tests import models, small
-from tests.families import family
+from tests.families import family, thorough
 
 CASE = Case("tiny", "0", "ddim", 6, 4, 0, 0, "float32", "cpu", "uncached", 1)
 FACTS = {"commit": "abc", "device_name": "a test", "date": "2026-01-01", "command": "pytest", "judge": "A judge"}
@@ -383,6 +383,7 @@ def run_cli(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@thorough
 def test_the_command_line_scores_any_pipeline(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.fidelity.judges.load_inception", Thumbnail)
     path = tmp_path / "rows.json"

@@ -25,6 +25,7 @@ from benchmarks.fidelity.report import grouped, write_report
 from benchmarks.fidelity.samplers import SAMPLERS
 from benchmarks.fidelity.sweep import Sweep
 from deepcache_fx.comparing.loading import LoadError
+from tests.families import thorough
 
 CASE = Case("tiny", "0", "ddim", 6, 3, 0, 0, "float32", "cpu", "uncached", 1)
 DRAWING = [name for name, sampler in SAMPLERS.items() if sampler.draws]
@@ -163,6 +164,7 @@ def captures() -> Iterator[list[int]]:
         yield counted
 
 
+@thorough
 def test_cases_that_differ_in_their_schedules_alone_share_one_capture(sweep: Sweep, captures: list[int]) -> None:
     sweep.run(cached("ddpm", "repeat", 2, 3), cached("lcm", "repeat", 2), cached("lcm", "power", 3))
     assert len(captures) == 1
@@ -178,6 +180,7 @@ def test_cases_that_differ_in_their_schedules_alone_share_one_capture(sweep: Swe
         assert apart[key] == (calls, value if value is None else pytest.approx(value, abs=1e-3))
 
 
+@thorough
 def test_every_order_of_the_forecast_is_captured_for_itself(sweep: Sweep, captures: list[int]) -> None:
     sweep.run(cached("ddpm", "repeat", 2), cached("ddpm", "forecast-1", 2, 3), cached("ddpm", "forecast-2", 2))
     assert len(captures) == 3

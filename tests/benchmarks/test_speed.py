@@ -118,6 +118,7 @@ def test_what_cannot_run_says_why() -> None:
     assert known["compile-freezing"].refuse(on_cuda) == "freezing is measured on the CPU"
 
 
+@thorough
 def test_the_arms_of_openvino_and_bfloat16_run_and_are_as_exact_as_their_precision(
     auto_finds_openvino: None, known_work: None, tmp_path: Path
 ) -> None:
@@ -331,6 +332,7 @@ def test_the_command_line_measures_and_resumes(tmp_path: Path) -> None:
     assert "no such arm: nonsense" in wrong.output
 
 
+@thorough
 def test_a_profile_says_where_the_time_of_a_shallow_step_goes(tmp_path: Path) -> None:
     arms = all_arms()
     profile = profile_step(case("ours-eager", 2), arms["ours-eager"], "shallow")

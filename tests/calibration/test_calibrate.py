@@ -18,6 +18,7 @@ from deepcache_fx.calibration.runs import Measured, Runs
 from deepcache_fx.calibration.search import Candidate, uniform
 from deepcache_fx.schedules.schedule import Calibrated
 from tests import small
+from tests.families import thorough
 
 PROMPTS = ["a cat", "a dog"]
 STEPS, BUDGET, TRIALS = 7, 3, 10
@@ -259,6 +260,7 @@ def test_a_share_of_the_arithmetic_pays_for_as_many_full_steps_as_fit() -> None:
         full_steps_for(11, measured)
 
 
+@thorough
 def test_a_bad_schedule_is_not_run_to_the_end_and_the_choice_is_the_same(
     found: Calibrated, tmp_path: Path, judged: list[Candidate]
 ) -> None:
@@ -273,6 +275,7 @@ def test_a_bad_schedule_is_not_run_to_the_end_and_the_choice_is_the_same(
     assert judged == []
 
 
+@thorough
 def test_a_scheduler_with_more_steps_than_asked_for_is_calibrated_for_those_it_makes() -> None:
     pipe = small.pipeline()
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
@@ -305,6 +308,7 @@ def unconditional() -> DDPMPipeline:
     return DDPMPipeline(unet.eval(), DDPMScheduler())
 
 
+@thorough
 def test_a_pipeline_without_prompts_takes_the_number_of_images() -> None:
     sizes = dict(height=..., width=...)
     found = calibrate(unconditional(), 3, trials=3, forecast=1, batch_size=2, **sizes)
@@ -314,6 +318,7 @@ def test_a_pipeline_without_prompts_takes_the_number_of_images() -> None:
         calibrate(unconditional(), **sizes)
 
 
+@thorough
 def test_decoded_images_can_be_compared(found: Calibrated, file: Path) -> None:
     images = calibrate(trials=1, metric="images", forecast=0)
     assert images.achieved.metric == "images"

@@ -20,6 +20,7 @@ from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.files import writing as files
 from tests import command, small
 from tests.command import run
+from tests.families import thorough
 
 QUICK = ("--steps", "4", "--height", "16", "--width", "16", "--repeats", "1", "--no-warmup", "--device", "cpu")
 
@@ -89,6 +90,7 @@ def test_a_speedup_that_the_times_do_not_bear_out_is_not_told(
     assert "16.00x" not in output
 
 
+@thorough
 def test_a_run_of_its_own_with_interval_one_finds_no_difference_to_speak_of(model: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "deepcache_fx.cli", "compare", "--model", model, "--prompt", "a cat"]
     command += ["--interval", "1", "--scheduler", "euler", "--out", "one.png", "--json", "one.json", *QUICK]

@@ -17,7 +17,7 @@ from deepcache_fx.controlnet.deferred import DeferredTensor
 from deepcache_fx.execution import cuda_graphs
 from deepcache_fx.runtime.report import ControlNetReport
 from tests.fake_graphs import FakeRecorder
-from tests.families import family
+from tests.families import family, thorough
 from tests.oracles import REPEATING, TO_THE_BIT, CatOracle, agree, specified
 from tests.pipelines import CASES, Case, controlnet, one_controlnet
 from tests.whole.test_pipelines import expected, trace
@@ -65,6 +65,7 @@ def test_a_controlnet_follows_the_schedule_of_its_unet(name: str, options: dict[
     assert found.shallow_calls == sum(trace(run).count("s") for run in case.runs)
 
 
+@thorough
 def test_guess_mode_runs_it_whole_and_says_why() -> None:
     """There the pipeline joins residuals and zeros: other tensors reach the UNet."""
     case = CASES["guessing_controlnet"]()
@@ -82,6 +83,7 @@ def test_guess_mode_runs_it_whole_and_says_why() -> None:
     assert controlnet_runtime(case.pipe).completed_calls == 0
 
 
+@thorough
 def test_a_forecast_of_the_deep_feature_changes_nothing_for_it() -> None:
     """Equal to the same forecast with the ControlNet left alone."""
     case, alone = one_controlnet(), one_controlnet()
@@ -93,6 +95,7 @@ def test_a_forecast_of_the_deep_feature_changes_nothing_for_it() -> None:
     assert type(alone.pipe.controlnet) is ControlNetModel
 
 
+@thorough
 def test_a_deeper_branch_reads_more_residuals() -> None:
     case = one_controlnet()
     run = case.runs[0]

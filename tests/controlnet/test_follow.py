@@ -115,6 +115,7 @@ def test_a_replaced_controlnet_is_followed() -> None:
     assert deepcache_fx.report(case.pipe).companions == ()
 
 
+@thorough
 def test_a_controlnet_shared_by_two_pipelines_serves_the_unet_that_runs() -> None:
     """Two UNets, with unlike schedules, in turn; then one of them is restored."""
     first = one_controlnet()
@@ -185,6 +186,7 @@ def test_restoring_one_unet_within_a_run_of_another_keeps_the_shared_weights_for
     torch.testing.assert_close(changed, expected, atol=1e-3, rtol=0)
 
 
+@thorough
 def test_one_that_comes_back_counts_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it finds is as it left it, for the other's programs had kept it so."""
     monkeypatch.setattr(memory_format, "DEVICE_TYPES", ("cpu",))
@@ -217,6 +219,7 @@ def test_the_last_unet_that_is_left_gives_the_controlnet_back() -> None:
     assert is_plain(left.controlnet)
 
 
+@thorough
 def test_two_pipelines_of_one_unet_have_a_controlnet_each() -> None:
     first = one_controlnet()
     parts = {**first.pipe.components, "controlnet": controlnet(4)}
@@ -256,6 +259,7 @@ def test_offload_hooks_do_not_tear_it_off(offload_first: bool) -> None:
     assert controlnet_runtime(case.pipe).completed_calls == 0
 
 
+@thorough
 def test_networks_are_freed_with_their_pipelines() -> None:
     first, kept = one_controlnet().pipe, one_controlnet().pipe
     network = first.controlnet

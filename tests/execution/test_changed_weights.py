@@ -191,6 +191,7 @@ def test_threads_that_begin_at_once_after_the_weights_have_moved_get_what_they_g
     assert all(close(result, expected[size]) for size, result in results)
 
 
+@thorough
 def test_a_step_in_inference_mode_leaves_weights_that_can_be_trained() -> None:
     unet = compiled()
     with torch.inference_mode():

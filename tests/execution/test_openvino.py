@@ -27,6 +27,7 @@ from passes import FuseGroupNorm
 from tests import models, small
 from tests.compvis import CompVisUNet, denoise
 from tests.execution.test_compile import ThreeLayers
+from tests.families import family, thorough
 
 pytest.importorskip("openvino", reason="openvino is not installed")
 
@@ -270,6 +271,7 @@ def test_float32_is_computed_in_float32_though_the_processor_has_bf16_and_bf16_i
     assert all(parameter.dtype == torch.float32 for parameter in rounded.parameters())
 
 
+@thorough
 @needs_bf16
 def test_a_bfloat16_model_is_computed_in_bfloat16_about_as_exactly_as_by_pytorch() -> None:
     expected = models.generate(small.pipeline(), 4)
@@ -296,6 +298,7 @@ def test_a_float16_model_is_computed_in_float32() -> None:
     assert relative(result, exact) < relative(eager, exact)
 
 
+@thorough
 @needs_bf16
 def test_in_bf16_neighbouring_timesteps_stay_apart() -> None:
     """902 and 903 are one number in bfloat16."""
@@ -375,7 +378,7 @@ def moved(unet: nn.Module) -> None:
 CHANGES = [in_place, loaded, assigned, other_data, data_in_place, new_parameters, optimizer_step, moved]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", family(CHANGES, data_in_place), ids=lambda change: change.__name__)
 def test_other_weights_are_noticed_by_the_next_run(change: Callable[[nn.Module], None]) -> None:
     unet = ThreeLayers()
     before = ran(unet, backend="openvino")
@@ -401,6 +404,7 @@ def test_auto_is_openvino_on_a_cpu_where_it_is_installed(auto_finds_openvino: No
     assert deepcache_fx.report(unet).last_run == "FssFs"
 
 
+@thorough
 def test_auto_runs_eagerly_with_one_warning_what_openvino_cannot_take(auto_finds_openvino: None) -> None:
     unet = CompVisUNet()
     with pytest.warns(UserWarning, match=r"backend='auto' leaves OpenVINO out, .*no rule for deepcache_fx") as caught:

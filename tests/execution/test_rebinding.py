@@ -19,7 +19,7 @@ from deepcache_fx.execution import cuda_graphs
 from deepcache_fx.execution.assemble import Entry
 from tests.compvis import CompVisUNet, denoise
 from tests.fake_graphs import FakeRecorder
-from tests.families import family
+from tests.families import family, thorough
 from tests.oracles import REPEATING, TO_THE_BIT, CatOracle, agree
 from tests.pipelines import one_controlnet
 from tests.whole.test_pipelines import expected as wanted
@@ -130,7 +130,7 @@ def recording(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return {"cuda_graphs": bool(request.param)}
 
 
-@pytest.mark.parametrize("options", [TO_THE_BIT, REPEATING], ids=["bit", "default"])
+@pytest.mark.parametrize("options", family([TO_THE_BIT, REPEATING], REPEATING), ids=["bit", "default"])
 def test_other_weights_of_the_same_kinds_are_bound_and_not_captured_anew(
     recording: dict[str, Any], options: dict[str, Any]
 ) -> None:
@@ -171,7 +171,7 @@ def _other_dtype(unet: Any) -> None:
     unet.gain = unet.gain.double()
 
 
-@pytest.mark.parametrize("change", [_untied, _tied, _other_strides, _other_type, _other_dtype])
+@pytest.mark.parametrize("change", family([_untied, _tied, _other_strides, _other_type, _other_dtype], _tied))
 def test_weights_of_another_kind_are_captured_anew(change: Callable[[Any], None]) -> None:
     unet = optimized()
     denoise(unet, TIMESTEPS)
@@ -180,6 +180,7 @@ def test_weights_of_another_kind_are_captured_anew(change: Callable[[Any], None]
     assert counts(unet) == (2, 0)
 
 
+@thorough
 def test_tied_weights_that_come_apart_and_together_again_are_right_every_time() -> None:
     unet = optimized()
     tied, own = unet.first.weight, nn.Parameter(other(unet.first.weight))
@@ -189,6 +190,7 @@ def test_tied_weights_that_come_apart_and_together_again_are_right_every_time() 
     assert deepcache_fx.report(unet).captures == 2 + 1  # `own` was gone: its graphs were let go
 
 
+@thorough
 def test_back_to_a_known_state_costs_nothing(recording: dict[str, Any]) -> None:
     unet = optimized(**REPEATING, **recording)
     states = [dict(unet.named_parameters())]
@@ -235,6 +237,7 @@ def test_all_signatures_follow_and_nothing_of_the_weights_before_is_held(recordi
     assert counts(unet) == (2, 1)
 
 
+@thorough
 def test_structure_and_weights_that_change_together_are_right() -> None:
     unet = optimized()
     denoise(unet, TIMESTEPS)
@@ -246,6 +249,7 @@ def test_structure_and_weights_that_change_together_are_right() -> None:
     assert deepcache_fx.report(unet).captures == 3
 
 
+@thorough
 @torch.no_grad()
 def test_within_a_run_weights_are_looked_at_after_reset_alone() -> None:
     unet = optimized()
@@ -320,6 +324,7 @@ def test_aot_eager_reads_other_weights_without_a_compilation(
     assert counts(unet) == (1, 1)
 
 
+@thorough
 @pytest.mark.parametrize("copies", [True, False])
 def test_a_backend_that_nobody_knows_compiles_anew_and_nothing_is_captured(
     copies: bool, recording: dict[str, Any]
@@ -338,6 +343,7 @@ def test_a_backend_that_nobody_knows_compiles_anew_and_nothing_is_captured(
     assert counts(unet) == (1, 2)
 
 
+@thorough
 def test_a_backend_that_nobody_knows_compiles_anew_where_weights_have_been_written_into() -> None:
     with cold():
         backend = Counting(copies=True)
@@ -391,6 +397,7 @@ def fold_the_last_bias(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
+@thorough
 def test_what_a_pass_of_the_users_took_from_weights_is_taken_anew(recording: dict[str, Any]) -> None:
     unet = optimized(Scaled(), passes=[fold_the_last_bias], **recording)
     with torch.no_grad():
@@ -412,7 +419,7 @@ def put(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
         setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], parameter)
 
 
-@pytest.mark.parametrize("options", [TO_THE_BIT, REPEATING], ids=["bit", "default"])
+@pytest.mark.parametrize("options", family([TO_THE_BIT, REPEATING], REPEATING), ids=["bit", "default"])
 def test_a_controlnet_goes_on_with_other_weights(recording: dict[str, Any], options: dict[str, Any]) -> None:
     case = one_controlnet()
     run, network = case.runs[0], case.pipe.controlnet
@@ -435,6 +442,7 @@ def test_a_controlnet_goes_on_with_other_weights(recording: dict[str, Any], opti
 # Failures and threads.
 
 
+@thorough
 def test_where_binding_fails_the_model_is_captured_anew_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = optimized()
     denoise(unet, TIMESTEPS)
@@ -450,6 +458,7 @@ def test_where_binding_fails_the_model_is_captured_anew_with_a_warning(monkeypat
     assert counts(unet) == (2, 0)
 
 
+@thorough
 def test_an_interrupt_while_binding_leaves_nothing_half_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = optimized()
     denoise(unet, TIMESTEPS)
@@ -465,6 +474,7 @@ def test_an_interrupt_while_binding_leaves_nothing_half_bound(monkeypatch: pytes
     assert torch.equal(denoise(unet, TIMESTEPS), oracle(unet))
 
 
+@thorough
 def test_threads_that_begin_at_once_with_other_weights_get_what_they_get_alone(recording: dict[str, Any]) -> None:
     unet, num_threads = optimized(**REPEATING, **recording), torch.get_num_threads()
     for size in (8, 12):
@@ -521,6 +531,7 @@ def test_a_plain_tensor_in_the_place_of_a_parameter_is_captured_and_stays_what_i
     assert counts(unet) == (1, 0)
 
 
+@thorough
 def test_a_model_whose_weights_are_bound_again_is_let_go() -> None:
     unet = optimized(passes=[fold_the_last_bias])
     for _ in range(2):

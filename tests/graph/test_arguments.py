@@ -14,6 +14,7 @@ import deepcache_fx
 from deepcache_fx import DeepCacheError
 from deepcache_fx.errors import OptionError
 from tests.comfy import ComfyUNet, Scaled, options
+from tests.families import family, thorough
 from tests.oracles import TO_THE_BIT, CatOracle
 
 CONTEXT = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
@@ -91,7 +92,7 @@ def changing_layer() -> Any:
     return given
 
 
-@pytest.mark.parametrize("change", [changing_cell, changing_layer])
+@pytest.mark.parametrize("change", family([changing_cell, changing_layer], changing_layer))
 def test_a_patch_that_changes_within_a_run_makes_that_step_full(change: Any) -> None:
     unet = ComfyUNet()
     oracle = CatOracle(unet.forward, branch=0)
@@ -117,6 +118,7 @@ def test_the_callers_dictionaries_are_left_as_they_were() -> None:
     assert deepcache_fx.report(unet).last_run == "FsF"
 
 
+@thorough
 def test_other_conditions_are_another_capture_unless_they_are_ignored() -> None:
     def given(step: int) -> Any:
         return {**options(), "uuids": [uuid.uuid4()], "sigmas": torch.tensor([float(step)])}
@@ -181,6 +183,7 @@ def test_an_argument_that_forward_does_not_have_is_refused_with_those_it_has() -
     deepcache_fx.restore(deepcache_fx.optimize(ComfyUNet(), ignore=["anything"]))  # its forward takes **kwargs
 
 
+@thorough
 def test_a_model_that_leaves_a_tensor_in_its_arguments_runs_uncached() -> None:
     class Leaves(ComfyUNet):
         def forward(self, x: Any, timesteps: Any, context: Any, transformer_options: Any) -> Any:  # type: ignore[override]

@@ -18,7 +18,7 @@ from deepcache_fx.guards.fingerprint import Fingerprint
 from deepcache_fx.guards.side_effects import SideEffects
 from deepcache_fx.guards.stray_tensors import remove_strays
 from tests.compvis import CompVisUNet, denoise
-from tests.families import family
+from tests.families import family, thorough
 from tests.keeping import PLACES
 from tests.oracles import TO_THE_BIT
 
@@ -68,6 +68,7 @@ def test_a_model_that_keeps_something_of_each_call_runs_uncached_and_says_why(wh
     assert deepcache_fx.report(model).shallow_calls == 0
 
 
+@thorough
 def test_once_the_recorder_is_gone_steps_are_cached() -> None:
     model = deepcache_fx.optimize(Recording(KEEPING["a tensor"]), **TO_THE_BIT)
     with pytest.warns(UserWarning, match="runs uncached"):
@@ -79,6 +80,7 @@ def test_once_the_recorder_is_gone_steps_are_cached() -> None:
     assert deepcache_fx.report(model).last_run == "FssF"
 
 
+@thorough
 def test_what_is_prepared_at_the_first_call_alone_is_no_side_effect() -> None:
     model = deepcache_fx.optimize(Recording(lambda recorder, x: setattr(recorder, "calls", 1)), **TO_THE_BIT)
     for _ in range(3):
@@ -341,6 +343,7 @@ def test_guidance_by_what_forward_left_gives_what_the_plain_model_gives() -> Non
     assert torch.equal(actual, guided(optimized=False)[0])
 
 
+@thorough
 def test_once_the_global_is_prepared_steps_are_cached() -> None:
     kept = PLACES["a global"](lambda x, last: 1)
     model = deepcache_fx.optimize(Calling(kept.function), **TO_THE_BIT)

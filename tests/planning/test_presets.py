@@ -108,6 +108,7 @@ GUIDED = {
 """The last: which part of the shallow steps of branch 0 depends on the cached feature alone."""
 
 
+@thorough
 @pytest.mark.parametrize("name", family(GUIDED, "sd15"))
 def test_stable_diffusion_costs_what_is_known_to_a_tenth_of_a_gigamac(name: str) -> None:
     full, shallow, hoisted = GUIDED[name]

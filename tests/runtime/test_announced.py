@@ -16,6 +16,7 @@ from deepcache_fx import CaptureError, DeepCacheError, OptionError, Power
 from deepcache_fx.execution import cuda_graphs
 from deepcache_fx.execution.cuda_graphs import Recording
 from tests.compvis import INPUTS, TIMESTEPS, CompVisUNet, denoise
+from tests.families import thorough
 from tests.oracles import TO_THE_BIT
 
 CONTEXT = torch.randn(1, 3, 6)
@@ -81,6 +82,7 @@ def test_more_steps_than_announced_begin_a_run() -> None:
     assert len(last_run(unet)) < 4
 
 
+@thorough
 def test_after_a_reset_steps_are_found_out_again() -> None:
     unet = deepcache_fx.optimize(CompVisUNet(), **TO_THE_BIT)
     heun(unet, TIMESTEPS[:3], announced=True)
@@ -121,6 +123,7 @@ def announced(unet: torch.nn.Module, **options: Any) -> torch.Tensor:
     return found
 
 
+@thorough
 def test_a_caller_says_that_a_run_is_not_to_be_forecast() -> None:
     unet = deepcache_fx.optimize(CompVisUNet(), backend="eager", disable="all")
     expected = announced(deepcache_fx.optimize(CompVisUNet(), **TO_THE_BIT))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import deepcache_fx
 from deepcache_fx.runtime import slots
 from tests.compvis import CompVisUNet
-from tests.families import examples, family
+from tests.families import examples, family, thorough
 from tests.oracles import TO_THE_BIT, CatOracle
 
 INTERVAL, STEPS = 3, 9
@@ -155,6 +155,7 @@ def test_a_buffer_that_is_written_into_is_another_conditioning() -> None:
     assert first.count("s") >= 4
 
 
+@thorough
 def test_what_an_inference_tensor_held_is_compared_for_its_changes_are_not_counted() -> None:
     calls: Calls = lambda s: [(0 if s < 4 else 2,)]  # noqa: E731
     with torch.inference_mode():
@@ -239,6 +240,7 @@ def test_a_feature_map_that_was_held_and_is_another_one_is_a_change() -> None:
     assert trace_with_maps(lambda s: one if s < 4 else other) == "FssFFsFss"
 
 
+@thorough
 def test_old_features_do_not_pile_up() -> None:
     unet = deepcache_fx.optimize(CompVisUNet(), interval=50, **TO_THE_BIT)
     contexts = torch.randn(30, 1, 3, 6)

@@ -13,7 +13,7 @@ from deepcache_fx.options import Options
 from deepcache_fx.runtime.forecast_order import NoiseDetector, has_uneven_steps, order_of
 from tests import small
 from tests.compvis import TIMESTEPS, CompVisUNet, denoise
-from tests.families import family
+from tests.families import family, thorough
 
 
 def scheduler(name: str, **config: Any) -> Any:
@@ -60,6 +60,7 @@ def test_a_scheduler_that_draws_noise_is_not_forecast(name: str, config: dict[st
     torch.testing.assert_close(latents(pipe), found, rtol=1e-5, atol=1e-6)
 
 
+@thorough
 def test_noise_by_an_argument_of_the_call_counts_and_is_forgotten_by_the_next_run() -> None:
     pipe = small.pipeline()
     pipe.scheduler = diffusers.DDIMScheduler()
@@ -79,6 +80,7 @@ def test_an_order_given_by_the_user_is_obeyed(order: int) -> None:
     assert deepcache_fx.report(pipe).last_forecast == f"{order} (as asked for)"
 
 
+@thorough
 def test_a_bare_unet_is_forecast_for_nobody_tells() -> None:
     unet = deepcache_fx.optimize(CompVisUNet(), backend="eager")
     found = denoise(unet, TIMESTEPS)

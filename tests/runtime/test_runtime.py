@@ -20,7 +20,7 @@ from deepcache_fx.execution.programs import PromptStage
 from deepcache_fx.runtime.attach import runtime_of
 from tests import small
 from tests.compvis import INPUTS, TIMESTEPS, CompVisUNet, denoise
-from tests.families import family
+from tests.families import family, thorough
 from tests.oracles import REPEATING, TO_THE_BIT, agree
 
 
@@ -50,6 +50,7 @@ def test_caching_changes_the_result_a_little(unet: CompVisUNet) -> None:
     assert 0 < (actual - expected).norm() / expected.norm() < 0.1
 
 
+@thorough
 def test_capturing_draws_no_random_number(unet: CompVisUNet) -> None:
     deepcache_fx.optimize(unet, backend="aot_eager")
     before = torch.get_rng_state()
@@ -69,6 +70,7 @@ class ScalarReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@thorough
 def test_no_value_is_read_from_the_timesteps_of_a_loop(unet: CompVisUNet) -> None:
     deepcache_fx.optimize(unet, backend="eager")
     with ScalarReads() as reads:
@@ -97,7 +99,7 @@ def test_no_value_is_read_in_the_unet_calls_of_a_pipeline() -> None:
     assert report(pipe.unet).last_run == "FssF"
 
 
-@pytest.mark.parametrize("stop", family(range(1, 8), 2, 4))
+@pytest.mark.parametrize("stop", family(range(1, 8), 2))
 def test_a_run_abandoned_at_any_step_leaves_the_next_one_as_fresh(unet: CompVisUNet, stop: int) -> None:
     expected = fresh()
     deepcache_fx.optimize(unet, backend="eager")
@@ -194,6 +196,7 @@ def test_two_calls_a_step_have_their_own_prompts() -> None:
     assert counts == {"full": 2, "shallow": 2}
 
 
+@thorough
 def test_prompts_whose_changes_are_not_counted_are_taken_to_be_new() -> None:
     """An inference tensor has no version: it may be written into unseen."""
     unet = deepcache_fx.optimize(PromptUNet(), **REPEATING)
@@ -206,6 +209,7 @@ def test_prompts_whose_changes_are_not_counted_are_taken_to_be_new() -> None:
             assert agree(unet(*arguments), plain(*arguments), REPEATING)
 
 
+@thorough
 def test_the_same_timesteps_tensor_serves_several_runs(unet: CompVisUNet) -> None:
     deepcache_fx.optimize(unet, backend="eager")
     results = [denoise(unet, TIMESTEPS, seed=seed) for seed in (1, 0, 1)]
@@ -225,6 +229,7 @@ def test_a_change_of_batch_within_a_run_is_one_full_step(unet: CompVisUNet) -> N
     assert report(unet).forced_full == {"inputs or settings changed within a run": 1}
 
 
+@thorough
 def test_sizes_up_down_and_back_capture_once_each(unet: CompVisUNet) -> None:
     deepcache_fx.optimize(unet, **TO_THE_BIT)
     plain = CompVisUNet()
@@ -235,6 +240,7 @@ def test_sizes_up_down_and_back_capture_once_each(unet: CompVisUNet) -> None:
     assert report(unet).captures == 3
 
 
+@thorough
 def test_captures_are_bounded_and_the_oldest_goes_first(unet: CompVisUNet) -> None:
     deepcache_fx.optimize(unet, backend="eager", max_captures=2)
     for size in (8, 12, 16, 8):
@@ -296,6 +302,7 @@ def test_a_call_that_pauses_does_not_come_back_to_its_old_feature(unet: CompVisU
     assert report(unet).forced_full == {"no cached feature for this call of the step": 1}
 
 
+@thorough
 def test_replaced_weights_are_let_go(unet: CompVisUNet) -> None:
     deepcache_fx.optimize(unet, backend="eager")
     denoise(unet, TIMESTEPS[:2])
@@ -332,6 +339,7 @@ def test_new_weights_are_used_by_the_next_run(unet: CompVisUNet) -> None:
     assert report(unet).captures == 1
 
 
+@thorough
 def test_a_replaced_layer_is_captured_anew(unet: CompVisUNet) -> None:
     deepcache_fx.optimize(unet, **TO_THE_BIT)
     denoise(unet, TIMESTEPS)
@@ -340,6 +348,42 @@ def test_a_replaced_layer_is_captured_anew(unet: CompVisUNet) -> None:
     once = denoise(unet, TIMESTEPS[:1])
     assert report(unet).captures == 2
     assert torch.equal(once, denoise(deepcache_fx.restore(unet), TIMESTEPS[:1]))
+
+
+def test_a_call_waits_for_what_another_thread_captures() -> None:
+    """While it lasts, PyTorch tells every thread that it compiles, and the model holds stand-ins of its weights."""
+    within, go_on = threading.Event(), threading.Event()
+
+    class Slow(CompVisUNet):
+        def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            if torch.compiler.is_compiling():
+                within.set()
+                assert go_on.wait(60)
+            return super().forward(x, timesteps, context)
+
+    unet = Slow()
+    results: list[torch.Tensor] = []
+    expected = denoise(CompVisUNet(), TIMESTEPS[:1])
+    deepcache_fx.optimize(unet, backend="eager", disable="all")
+
+    def work() -> None:
+        results.append(denoise(unet, TIMESTEPS[:1]))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    threads[0].start()
+    assert within.wait(60)
+    threads[1].start()
+    torch.testing.assert_close(denoise(CompVisUNet(), TIMESTEPS[:1]), expected)  # a model of its own need not wait
+    threads[1].join(0.3)
+    assert threads[1].is_alive()
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert [type(result) for result in results] == [torch.Tensor] * 2
+    for result in results:
+        torch.testing.assert_close(result, expected)
+    report = deepcache_fx.report(unet)
+    assert (report.captures, report.full_calls, report.original_calls) == (1, 2, 0)
 
 
 def test_threads_never_share_a_cache(unet: CompVisUNet) -> None:
@@ -420,6 +464,7 @@ def at(model: torch.nn.Module, step: int, batch: int) -> torch.Tensor:
     return result
 
 
+@thorough
 def test_what_is_captured_within_a_run_goes_by_the_settings_of_that_moment() -> None:
     model, plain = Adapted(), Adapted()
     deepcache_fx.optimize(model, **TO_THE_BIT)
@@ -431,6 +476,7 @@ def test_what_is_captured_within_a_run_goes_by_the_settings_of_that_moment() -> 
     assert torch.equal(at(model, 0, 1), at(plain, 0, 1))
 
 
+@thorough
 def test_a_weight_that_goes_with_a_setting_within_a_run_is_no_error() -> None:
     model, plain = Adapted(), Adapted()
     deepcache_fx.optimize(model, **TO_THE_BIT)

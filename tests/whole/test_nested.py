@@ -139,6 +139,7 @@ def test_two_calls_a_step_do_not_mix_their_caches(recorded: bool, monkeypatch: p
             x = x - 0.1 * both[0]
 
 
+@thorough
 def test_a_deeper_step_is_closer_to_the_uncached_result() -> None:
     plain = denoise(CompVisUNet(), TIMESTEPS)
     schedules = (Uniform(6), Nested(6, {2: 2}))
@@ -185,13 +186,14 @@ def test_a_schedule_with_other_branches_needs_other_programs_and_one_with_the_sa
     assert [cut.branch for cut in deepcache_fx.report(unet).signatures[0].cuts] == [0, 2]
 
 
-@pytest.mark.parametrize("deeper", [0, 1, 99, (7, 7)])
+@pytest.mark.parametrize("deeper", family([0, 1, 99, (7, 7)], 1))
 def test_a_branch_that_is_not_deeper_or_not_there_is_refused(deeper: Any) -> None:
     unet = deepcache_fx.optimize(CompVisUNet(), branch=1, schedule=Nested(6, {deeper: 3}), backend="eager")
     with pytest.raises(BranchError, match=r"must be deeper|out of range"):
         denoise(unet, TIMESTEPS[:2])
 
 
+@thorough
 def test_two_names_of_one_skip_connection_share_a_cut() -> None:
     [first] = [
         skip for skip in deepcache_fx.plan(CompVisUNet(), example_inputs=compvis.INPUTS).branches if skip.index == 1

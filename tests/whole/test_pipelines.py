@@ -10,7 +10,7 @@ import torch
 
 import deepcache_fx
 from tests import small
-from tests.families import family
+from tests.families import family, thorough
 from tests.oracles import TO_THE_BIT, specified
 from tests.pipelines import CASES, NO_CHECKER, PROMPT, REPRESENTATIVES, Case, Run, attentive, like_sd
 
@@ -53,6 +53,7 @@ def test_three_calls_in_turn_give_what_the_oracle_gives_with_the_calls_that_are_
     assert (report.shallow_calls, report.original_calls) == (sum(trace(run).count("s") for run in case.runs), 0)
 
 
+@thorough
 def test_a_base_that_stops_early_and_a_refiner_that_goes_on_are_two_runs() -> None:
     """SDXL with denoising_end and denoising_start: the first call of each part is full, at three shares in turn."""
     base, refiner = small.base(), small.refiner()

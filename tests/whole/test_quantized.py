@@ -56,6 +56,7 @@ def counts(unet: torch.nn.Module) -> tuple[int, int]:
     return report.captures, report.rebound
 
 
+@thorough
 @pytest.mark.parametrize("recorded", family([False, True], True))
 def test_a_quantised_model_is_moved_after_the_first_call(
     unet: Any, recorded: bool, monkeypatch: pytest.MonkeyPatch
@@ -77,6 +78,7 @@ def test_a_quantised_model_is_moved_after_the_first_call(
     assert deepcache_fx.report(unet).captures == 1
 
 
+@thorough
 def test_nothing_refers_to_a_quantised_weight_weakly_once_it_is_captured(unet: Any) -> None:
     import weakref
 
@@ -85,6 +87,7 @@ def test_nothing_refers_to_a_quantised_weight_weakly_once_it_is_captured(unet: A
     assert not any(weakref.getweakrefs(weight) for weight in quantized_weights(unet))
 
 
+@thorough
 def test_every_signature_of_a_quantised_model_is_captured_once(unet: Any) -> None:
     optimize(unet)
     inputs = {size: (torch.randn(2, 4, size, size), 1, torch.randn(2, 5, models.TEXT)) for size in (8, 12)}

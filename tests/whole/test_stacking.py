@@ -96,6 +96,7 @@ def quantize(unet: torch.nn.Module, config: str) -> None:
         changes(unet, lambda model: quantization.quantize_(model, getattr(quantization, config)()))
 
 
+@thorough
 def test_int8_weights_of_torchao_before_optimize() -> None:
     unet = make_unet()
     quantize(unet, "Int8WeightOnlyConfig")
@@ -142,6 +143,7 @@ def test_a_lora_loaded_before_optimize() -> None:
     check_works(unet)
 
 
+@thorough
 def test_a_lora_fused_before_optimize() -> None:
     unet = make_unet()
     changes(unet, load_lora)
@@ -187,6 +189,7 @@ def test_a_lora_loaded_and_fused_and_unloaded_after_optimize() -> None:
 # Settings of the model.
 
 
+@thorough
 def test_freeu_switched_on_before_optimize() -> None:
     unet = make_unet()
     changes(unet, lambda model: model.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6))
@@ -239,6 +242,7 @@ def test_attention_processors(processor: type) -> None:
     check_works(unet)
 
 
+@thorough
 def test_an_attention_processor_set_after_optimize() -> None:
     unet = make_unet()
     with deepcache_fx.optimized(unet, interval=3, **REPEATING):
@@ -269,7 +273,7 @@ def gelu_by_tanh(graph_module: fx.GraphModule) -> fx.GraphModule:
     return GeluByTanh()(graph_module).graph_module
 
 
-@pytest.mark.parametrize("item", [GeluByTanh(), gelu_by_tanh], ids=["PassBase", "function"])
+@pytest.mark.parametrize("item", family([GeluByTanh(), gelu_by_tanh], gelu_by_tanh), ids=["PassBase", "function"])
 def test_a_pass_of_the_users_own(item: Callable[..., Any]) -> None:
     unet = make_unet()
     changed = copy.deepcopy(unet)

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnAddedKVProcessor
 import deepcache_fx
 from tests import models
 from tests.compvis import CompVisUNet
-from tests.families import family
+from tests.families import family, thorough
 from tests.oracles import REPEATING, TO_THE_BIT, CatOracle, agree
 
 Case = tuple[torch.nn.Module, Callable[[torch.Tensor], dict[str, Any]], tuple[int, ...]]
@@ -205,6 +205,7 @@ def test_openvino_gives_what_the_graphs_give(make: Callable[[], Case]) -> None:
     assert agree(found["openvino"], found["eager"], REPEATING)
 
 
+@thorough
 def test_compvis_blocks_are_grouped_by_resolution() -> None:
     unet = CompVisUNet(mult=(1, 2), blocks=1)
     inputs = {"x": torch.randn(2, 4, 8, 8), "timesteps": torch.tensor([1, 1]), "context": torch.randn(2, 3, 6)}
