@@ -165,7 +165,7 @@ class TestSequences:
 
     @thorough
     @pytest.mark.parametrize("name", ["sd", "sdxl", "ddpm"])
-    @examples(3, 40)
+    @examples(3, 15)
     @given(
         sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(2, 17), st.integers(2, 17)), min_size=1, max_size=3),
         is_even=st.booleans(),
