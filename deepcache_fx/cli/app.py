@@ -1,4 +1,4 @@
-"""The command line: deepcache-fx compare, plan, suggest, draw, calibrate, inspect and web.
+"""The command line: deepcache-fx compare, plan, suggest, draw, calibrate, compile, inspect and web.
 
 A wrong argument is one line on stderr and exit code 2; Ctrl-C is exit code 130 and leaves no half-written file.
 """
@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from deepcache_fx.cli.calibrate import calibrate_command
 from deepcache_fx.cli.compare import compare_command
+from deepcache_fx.cli.compile import compile_command
 from deepcache_fx.cli.draw import draw_command
 from deepcache_fx.cli.inspect import inspect_command
 from deepcache_fx.cli.plan import plan_command
@@ -63,4 +64,5 @@ main.command("suggest")(suggest_command)
 main.command("draw")(draw_command)
 main.command("calibrate")(calibrate_command)
 main.command("web")(web_command)
+main.command("compile")(compile_command)
 main.command("inspect")(inspect_command)

@@ -26,8 +26,13 @@ def inspect_command(
 
     A signature is checked with the key in the variable DEEPCACHE_FX_KEY.
     """
+    print_programs(directory, key=key_of_environment(), json=json)
+
+
+def key_of_environment() -> bytes | None:
+    """What signs programs and checks their signatures."""
     key = os.environ.get(KEY_VARIABLE)
-    print_programs(directory, key=key.encode() if key else None, json=json)
+    return key.encode() if key else None
 
 
 def print_programs(
