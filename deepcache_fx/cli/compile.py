@@ -16,7 +16,9 @@ import torch
 import typer
 from rich.console import Console
 
-import deepcache_fx
+from deepcache_fx.api import optimized
+from deepcache_fx.api import report as report_of
+from deepcache_fx.artefacts.store import ProgramDirectory
 from deepcache_fx.cli import options as option
 from deepcache_fx.cli.compare import DEFAULT_PROMPT
 from deepcache_fx.cli.inspect import key_of_environment, print_programs
@@ -126,18 +128,18 @@ def compile_programs(
         DeepCacheError: the pipeline takes no size or no batch, refuses one, or nothing could be written.
     """
     calls = [_arguments(pipe, shape, prompts, guidance_scale) for shape in shapes]
-    programs = deepcache_fx.ProgramDirectory(out, key=key_of_environment())
+    programs = ProgramDirectory(out, key=key_of_environment())
     with ExitStack() as stack:
         heard = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always")
-        stack.enter_context(deepcache_fx.optimized(pipe, **optimize_arguments, programs=programs))
+        stack.enter_context(optimized(pipe, **optimize_arguments, programs=programs))
         for index, (shape, arguments) in enumerate(zip(shapes, calls, strict=True)):
             progress(str(shape), index, len(shapes))
             with loading.one_line_errors("a smaller --size or --batch"):
                 pipe(**arguments, num_inference_steps=STEPS, output_type="latent")
         progress("done", len(shapes), len(shapes))
-        report = deepcache_fx.report(pipe)
-    here = str(Path(deepcache_fx.__file__).parent)
+        report = report_of(pipe)
+    here = str(Path(__file__).parents[1])
     said = [*report.original_reasons, *(str(item.message) for item in heard if item.filename.startswith(here))]
     remarks = list(dict.fromkeys(said))
     if not report.signatures or not programs.manifest().programs:
