@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from deepcache_fx.calibration.calibrate import calibrate
 from deepcache_fx.cli import options as option
-from deepcache_fx.cli.progress import progress_bar
+from deepcache_fx.cli.progress import load_pipeline, progress_bar
 from deepcache_fx.comparing import loading
 from deepcache_fx.errors import DeepCacheError
 from deepcache_fx.files import writing as files
@@ -76,10 +75,7 @@ def calibrate_command(
     given = {"guidance_scale": guidance_scale, "height": height, "width": width}
     console = Console(stderr=True)
     with loading.quiet(keep_download_bars=not local):
-        with console.status(f"loading {model}") if local else nullcontext():
-            pipe = loading.load_pipeline(model, dtype=kind, device=at, variant=variant)
-        if scheduler is not None:
-            loading.use_scheduler(pipe, scheduler)
+        pipe = load_pipeline(console, model, dtype=kind, device=at, variant=variant, scheduler=scheduler)
         remedy = "a smaller --batch-size or another --dtype"
         with progress_bar(console, time_stages=False) as progress, loading.one_line_errors(remedy):
             found = calibrate(

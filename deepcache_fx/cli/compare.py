@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import statistics
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepcache_fx.cli import options as option
-from deepcache_fx.cli.progress import progress_bar
+from deepcache_fx.cli.progress import load_pipeline, progress_bar
 from deepcache_fx.comparing import loading, picture
 from deepcache_fx.comparing.comparison import describe_psnr, describe_ssim
 from deepcache_fx.comparing.paired_runs import Comparison, compare
@@ -77,12 +76,10 @@ def compare_command(
     kind = loading.pick_dtype(None if dtype is None else dtype.value, at)
     console = Console(stderr=True)
     with loading.quiet(keep_download_bars=not local):
-        pipes = []
-        for name in filter(None, (model, refiner)):
-            with console.status(f"loading {name}") if local else nullcontext():  # else the download bars are shown
-                pipes.append(loading.load_pipeline(name, dtype=kind, device=at, variant=variant))
-        for pipe in pipes if scheduler is not None else ():
-            loading.use_scheduler(pipe, str(scheduler))
+        pipes = [
+            load_pipeline(console, name, dtype=kind, device=at, variant=variant, scheduler=scheduler)
+            for name in filter(None, (model, refiner))
+        ]
         remedy = "fewer prompts, a smaller picture or another --dtype"
         with progress_bar(console, time_stages=True) as progress, loading.one_line_errors(remedy):
             found = compare(

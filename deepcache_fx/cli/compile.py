@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,8 +21,9 @@ from deepcache_fx.artefacts.store import ProgramDirectory
 from deepcache_fx.cli import options as option
 from deepcache_fx.cli.compare import DEFAULT_PROMPT
 from deepcache_fx.cli.inspect import key_of_environment, print_programs
-from deepcache_fx.cli.progress import progress_bar
+from deepcache_fx.cli.progress import load_pipeline, progress_bar
 from deepcache_fx.comparing import loading
+from deepcache_fx.comparing.job import parameters_of, require_parameters
 from deepcache_fx.errors import DeepCacheError
 
 STEPS = 2
@@ -68,7 +68,8 @@ def compile_command(
     DEEPCACHE_FX_KEY signs the directory.
     """
     where, order = option.read_branch(branch), option.read_forecast(forecast)
-    shapes = [Shape(*each) for each in itertools.product(map(read_size, size or ()) if size else [None], batch or [1])]
+    sizes = tuple(map(read_size, size)) if size else (None,)
+    shapes = [Shape(*each) for each in itertools.product(sizes, batch or [1])]
     if scheduler is not None:
         loading.check_scheduler(scheduler)
     if out.exists() and not out.is_dir():
@@ -78,10 +79,7 @@ def compile_command(
     kind = loading.pick_dtype(None if dtype is None else dtype.value, at)
     console = Console(stderr=True)
     with loading.quiet(keep_download_bars=not local):
-        with console.status(f"loading {model}") if local else nullcontext():
-            pipe = loading.load_pipeline(model, dtype=kind, device=at, variant=variant)
-        if scheduler is not None:
-            loading.use_scheduler(pipe, scheduler)
+        pipe = load_pipeline(console, model, dtype=kind, device=at, variant=variant, scheduler=scheduler)
         options = {"branch": where, "forecast": order, "backend": backend, "precision": precision}
         prompts = loading.read_prompts(model) or (DEFAULT_PROMPT,)
         with progress_bar(console, time_stages=False) as progress:
@@ -156,9 +154,8 @@ def read_size(text: str) -> tuple[int, int]:
 
 
 def _arguments(pipe: Any, shape: Shape, prompts: Sequence[str], guidance_scale: float | None) -> dict[str, Any]:
-    taken = inspect.signature(type(pipe).__call__).parameters
     wanted: dict[str, Any] = {}
-    if "prompt" in taken:
+    if "prompt" in parameters_of(pipe):
         wanted["prompt"] = list(itertools.islice(itertools.cycle(prompts), shape.batch))
     else:
         wanted["batch_size"] = shape.batch
@@ -166,8 +163,6 @@ def _arguments(pipe: Any, shape: Shape, prompts: Sequence[str], guidance_scale: 
         wanted["width"], wanted["height"] = shape.size
     if guidance_scale is not None:
         wanted["guidance_scale"] = guidance_scale
-    missing = [name for name in (*wanted, "num_inference_steps") if name not in taken]
-    if missing:
-        raise DeepCacheError(f"{type(pipe).__name__} does not take {', '.join(missing)}")
     wanted["generator"] = [torch.Generator().manual_seed(index) for index in range(shape.batch)]
+    require_parameters(pipe, {"num_inference_steps", *wanted})
     return wanted

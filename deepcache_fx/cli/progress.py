@@ -1,12 +1,16 @@
-"""The progress bar of the commands that run a pipeline."""
+"""What the commands that run a pipeline show meanwhile: that it loads, and a progress bar."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from deepcache_fx.comparing import loading
 
 
 @contextmanager
@@ -35,3 +39,26 @@ def progress_bar(console: Console, *, time_stages: bool) -> Iterator[Callable[[s
             bars.update(task, description=stage, completed=done, total=total)
 
         yield show
+
+
+def load_pipeline(
+    console: Console,
+    model: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    variant: str | None = None,
+    scheduler: str | None = None,
+) -> Any:
+    """The pipeline, with a scheduler of this short name if one is given; `console` says that it loads.
+
+    From the Hub, libraries' own download bars are shown instead.
+
+    Raises:
+        LoadError: with what diffusers says, on one line.
+    """
+    with console.status(f"loading {model}") if loading.check_model(model) else nullcontext():
+        pipe = loading.load_pipeline(model, dtype=dtype, device=device, variant=variant)
+    if scheduler is not None:
+        loading.use_scheduler(pipe, scheduler)
+    return pipe

@@ -52,9 +52,9 @@ class Job:
     def check(self) -> None:
         """Raise a DeepCacheError where a pipeline does not take what will be passed."""
         needed = {"prompt", "num_inference_steps", "generator", *self.call_arguments}
-        _require(self.pipe, needed | ({"denoising_end"} if self.refiner is not None else set()))
+        require_parameters(self.pipe, needed | ({"denoising_end"} if self.refiner is not None else set()))
         if self.refiner is not None:
-            _require(self.refiner, {"prompt", "num_inference_steps", "generator", "image", "denoising_start"})
+            require_parameters(self.refiner, {"prompt", "num_inference_steps", "generator", "image", "denoising_start"})
 
     def run(self, stage: str) -> tuple[float, torch.Tensor]:
         """(seconds, images); see `Comparison`."""
@@ -66,7 +66,7 @@ class Job:
         else:
             split: dict[str, Any] = {"output_type": "latent", "denoising_end": REFINER_START}
             latents = self._call(self.pipe, f"{stage}, base", generators, **split, **self.call_arguments)
-            shared = {k: v for k, v in self.call_arguments.items() if k in _parameters(self.refiner)}
+            shared = {k: v for k, v in self.call_arguments.items() if k in parameters_of(self.refiner)}
             split = {"output_type": "pt", "denoising_start": REFINER_START, "image": latents}
             images = self._call(self.refiner, f"{stage}, refiner", generators, **{**shared, **split})
         _synchronize()
@@ -77,7 +77,7 @@ class Job:
             arguments["guidance_scale"] = self.guidance_scale
         if self.progress is not None:
             self.progress(stage, 0, self.steps)
-            if "callback_on_step_end" in _parameters(pipe):
+            if "callback_on_step_end" in parameters_of(pipe):
                 arguments["callback_on_step_end"] = _Reporter(self.progress, stage, self.steps)
         return pipe(list(self.prompts), num_inference_steps=self.steps, generator=generators, **arguments).images
 
@@ -95,12 +95,14 @@ class _Reporter:
         return tensors
 
 
-def _parameters(pipe: Any) -> set[str]:
+def parameters_of(pipe: Any) -> set[str]:
+    """The names of what a pipeline's call takes."""
     return set(inspect.signature(type(pipe).__call__).parameters)
 
 
-def _require(pipe: Any, names: set[str]) -> None:
-    missing = sorted(names - _parameters(pipe))
+def require_parameters(pipe: Any, names: set[str]) -> None:
+    """Raise a DeepCacheError that names what the pipeline's call does not take."""
+    missing = sorted(names - parameters_of(pipe))
     if missing:
         raise DeepCacheError(f"{type(pipe).__name__} does not take {', '.join(missing)}")
 

@@ -108,5 +108,5 @@ def test_bad_arguments_are_one_line(tmp_path: Path) -> None:
 def test_a_pipeline_that_takes_no_size_says_so(tmp_path: Path) -> None:
     pipe = small.pipeline()
     pipe.__class__ = type("Sizeless", (type(pipe),), {"__call__": lambda self, prompt, num_inference_steps=1: None})
-    with pytest.raises(DeepCacheError, match="Sizeless does not take width, height"):
+    with pytest.raises(DeepCacheError, match="Sizeless does not take generator, height, width"):
         compile_programs(pipe, [Shape((64, 64), 1)], tmp_path, optimize_arguments={})
